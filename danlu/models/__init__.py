@@ -1,0 +1,1 @@
+"""Models: a config class and a module in one file, with its tables beside it."""
