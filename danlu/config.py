@@ -2,10 +2,283 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import difflib
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from danlu import yamls
+from danlu.errors import ConfigError
+from danlu.words import _
 
 
 class Model(BaseModel):
-    """A frozen value that knows no unknown keys.  `kind` tags the members of a union."""
+    """A frozen value that knows no unknown keys.  `kind` tags the members of a union.
+
+    `ALIASES` maps a name that users know from other tools to the dotted key that means the same here, or to a
+    function from its value to {dotted key: value}.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    ALIASES: ClassVar[Mapping[str, str | Callable[[Any], dict[str, Any]]]] = {}
+
+
+M = TypeVar("M", bound=Model)
+
+
+def load(cls: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
+    """Return the `cls` that the file at `path` and the `a.b=c` overrides describe.
+
+    Raises ConfigError that lists every problem with its place.
+    """
+    data, lines = yamls.read(path) if path else ({}, {})
+    name = str(path) if path else _("command line")
+    if not isinstance(data, dict):
+        raise ConfigError(_("the file must hold keys and values"), where=name)
+    places = {key: f"{name}:{line}" for key, line in lines.items()}
+    data = _unalias(cls, data, places)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip("-. "):
+            raise ConfigError(_("{text!r} is not of the form key=value").format(text=text), where=_("command line"))
+        change = _unalias(cls, {key.lstrip("-").replace("-", "_"): yamls.scalar(value)}, {})
+        for dotted, new in _leaves(change):
+            _put(data, tuple(dotted.split(".")), new)
+            places[tuple(dotted.split("."))] = _("command line")
+    return validate(cls, data, places)
+
+
+def validate(cls: type[M], data: dict[str, Any], places: Mapping[tuple[str | int, ...], str] | None = None) -> M:
+    """Return `data` as a `cls`, strictly: no text for numbers, no booleans for integers.  Raises ConfigError."""
+    try:
+        return cls.model_validate_json(json.dumps(_tagged(cls, data)), strict=True)
+    except ValidationError as error:
+        problems = [_problem(cls, dict(e), places or {}) for e in error.errors(include_url=False)]
+    raise ConfigError("\n".join(problems))
+
+
+def dump(value: Model) -> dict[str, Any]:
+    """Return `value` as JSON-ready data from which `validate` makes it again."""
+    return value.model_dump(mode="json")
+
+
+def to_yaml(value: Model, *, only_set: bool = False) -> str:
+    """Return `value` as the YAML that loads to it; `only_set` leaves defaults out."""
+    data = value.model_dump(mode="json", exclude_unset=only_set)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+
+
+def members(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield every Model class named in an annotation: itself, of a union, of a tuple."""
+    if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        if not isinstance(inner, str):
+            yield from members(inner)
+
+
+def _kind(cls: type[BaseModel]) -> str | None:
+    field = cls.model_fields.get("kind")
+    return field.default if field is not None and isinstance(field.default, str) else None
+
+
+def _is_sequence(annotation: Any) -> bool:
+    origins = [typing.get_origin(a) for a in (annotation, *typing.get_args(annotation))]
+    return any(o in (tuple, list) for o in origins)
+
+
+def _tagged(cls: type[BaseModel], data: Any) -> Any:
+    """Spell out the short forms: `optim: adamw` is `{kind: adamw}`; a missing kind is the default's."""
+    if not isinstance(data, dict):
+        return data
+    result = dict(data)
+    for name, field in cls.model_fields.items():
+        choices = {_kind(c): c for c in members(field.annotation) if _kind(c)}
+        if name not in result:
+            continue
+        value = result[name]
+        if not choices:
+            inner = next(members(field.annotation), None)
+            if inner is not None:
+                result[name] = _each(value, inner) if isinstance(value, list) else _tagged(inner, value)
+            continue
+        if isinstance(value, list) and _is_sequence(field.annotation):
+            result[name] = [_union(choices, v, None) for v in value]
+        else:
+            result[name] = _union(choices, value, field.default)
+    return result
+
+
+def _each(values: list[Any], cls: type[BaseModel]) -> list[Any]:
+    return [_tagged(cls, v) for v in values]
+
+
+def _union(choices: Mapping[str | None, type[BaseModel]], value: Any, default: Any) -> Any:
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, dict):
+        if "kind" not in value and isinstance(default, BaseModel):
+            value = {"kind": _kind(type(default)), **value}
+        if "kind" not in value and len(choices) == 1:
+            value = {"kind": next(iter(choices)), **value}
+        chosen = choices.get(value.get("kind"))
+        return _tagged(chosen, value) if chosen else value
+    return value
+
+
+def _unalias(cls: type[Model], data: dict[str, Any], places: dict[tuple[str | int, ...], str]) -> dict[str, Any]:
+    """Move the names users know from other tools to ours; refuse a value given under both."""
+    result = {k: v for k, v in data.items() if k not in cls.ALIASES or _own(cls, k, v)}
+    for name in data.keys() - result.keys():
+        alias = cls.ALIASES[name]
+        moved = {alias: data[name]} if isinstance(alias, str) else alias(data[name])
+        for dotted, value in moved.items():
+            key = tuple(dotted.split("."))
+            if _get(result, key) is not None and _get(result, key) != value:
+                raise ConfigError(
+                    _("{a} and {b} say the same thing twice, and differ").format(a=name, b=dotted),
+                    where=places.get((name,)),
+                )
+            _put(result, key, value)
+            places[key] = places.get((name,), _("command line"))
+    return result
+
+
+def _own(cls: type[Model], name: str, value: Any) -> bool:
+    """A name may be both ours and another tool's (`optim: adamw_torch`): it is ours unless the alias changes it."""
+    alias = cls.ALIASES[name]
+    return name in cls.model_fields and (isinstance(alias, str) or alias(value) == {name: value})
+
+
+def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, dict) and data and prefix == "":
+        for key, value in data.items():
+            yield from _leaves(value, key)
+    elif isinstance(data, dict) and data and "." not in prefix and any(isinstance(v, dict) for v in data.values()):
+        for key, value in data.items():
+            yield from _leaves(value, f"{prefix}.{key}")
+    else:
+        yield prefix, data
+
+
+def _get(data: Any, key: tuple[str, ...]) -> Any:
+    for part in key:
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _put(data: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
+    here: Any = data
+    for i, part in enumerate(key[:-1]):
+        child = here[int(part)] if isinstance(here, list) and part.isdigit() and int(part) < len(here) else None
+        if not isinstance(here, list):
+            child = here.get(part)
+            if isinstance(child, str):
+                child = {"kind": child}          # `adapt=lora adapt.rank=8`
+            child = {} if child is None else list(child) if isinstance(child, list) else dict(child)
+            here[part] = child
+        if not isinstance(child, dict | list):
+            raise ConfigError(_("{key} has no parts").format(key=".".join(key[: i + 1])), where=_("command line"))
+        here = child
+    if isinstance(here, list):
+        if not key[-1].isdigit() or int(key[-1]) >= len(here):
+            raise ConfigError(_("{key} has no parts").format(key=".".join(key)), where=_("command line"))
+        here[int(key[-1])] = value
+    else:
+        here[key[-1]] = value
+
+
+def _problem(cls: type[Model], error: dict[str, Any], places: Mapping[tuple[str | int, ...], str]) -> str:
+    """Return one line: place, key, what is wrong, what was meant."""
+    owner, key = _walk(cls, error["loc"])
+    dotted = ".".join(str(k) for k in key)
+    place = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), "")
+    text = _sentence(error, dotted)
+    if error["type"] == "extra_forbidden":
+        text += _did_you_mean(str(key[-1]), owner, cls)
+    return f"{place}: {text}" if place else text
+
+
+def _walk(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel], tuple[str | int, ...]]:
+    """Return the class that owns the last part of `loc`, and the key without the union tags pydantic adds."""
+    key: list[str | int] = []
+    owner, choices = cls, [cls]
+    for part in loc:
+        tagged = next((c for c in choices if _kind(c) == part and part not in owner.model_fields), None)
+        if isinstance(part, str) and tagged is not None and tagged is not owner and choices != [owner]:
+            owner, choices = tagged, [tagged]
+            continue
+        key.append(part)
+        if isinstance(part, str):
+            if len(choices) == 1:
+                owner = choices[0]
+            field = owner.model_fields.get(part)
+            if field is not None:
+                choices = list(members(field.annotation)) or choices
+    return (choices[0] if len(choices) == 1 and len(key) > 1 and key[-1] not in owner.model_fields else owner), tuple(key)
+
+
+def _did_you_mean(name: str, owner: type[BaseModel], root: type[Model]) -> str:
+    known = {f: f for f in owner.model_fields}
+    known |= {a: a for a in root.ALIASES if owner is root}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    elsewhere = [d for d in _dotted(root) if d.rsplit(".", 1)[-1] == name]
+    if not close and not elsewhere:
+        far = {d.rsplit(".", 1)[-1]: d for d in _dotted(root)}
+        elsewhere = [far[c] for c in difflib.get_close_matches(name, far, n=1, cutoff=0.75)]
+    found = close or elsewhere[:1]
+    if not found:
+        return _("; known here: {names}").format(names=", ".join(sorted(owner.model_fields)))
+    return _(" — did you mean {name!r}?").format(name=found[0])
+
+
+def _dotted(cls: type[BaseModel], prefix: str = "", depth: int = 0) -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        yield prefix + name
+        if depth < 2:
+            for inner in members(field.annotation):
+                yield from _dotted(inner, f"{prefix}{name}.", depth + 1)
+
+
+def _sentence(error: dict[str, Any], key: str) -> str:
+    ctx, given = error.get("ctx", {}), error.get("input")
+    shown = json.dumps(given, ensure_ascii=False) if isinstance(given, str | int | float | bool) else str(given)[:80]
+    match error["type"]:
+        case "extra_forbidden":
+            return _("unknown key {key!r}").format(key=key)
+        case "missing":
+            return _("{key}: this key is needed").format(key=key)
+        case "value_error" | "assertion_error":
+            why = str(ctx.get("error", error["msg"]))
+            return f"{key}: {why}" if key else why
+        case "literal_error" | "union_tag_invalid":
+            choices = ctx.get("expected") or ctx.get("expected_tags")
+            tag = ctx.get("tag", shown)
+            return _("{key}: {value} is not one of {choices}").format(key=key, value=tag, choices=choices)
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            sign = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
+            bound = next(iter(ctx.values()))
+            return _("{key}: must be {sign} {bound}, not {value}").format(
+                key=key, sign=sign[error["type"]], bound=bound, value=shown)
+        case "finite_number":
+            return _("{key}: must be a finite number, not {value}").format(key=key, value=shown)
+        case "int_type" | "int_from_float" | "int_parsing":
+            return _("{key}: must be a whole number, not {value}").format(key=key, value=shown)
+        case "float_type" | "float_parsing":
+            return _("{key}: must be a number, not {value}").format(key=key, value=shown)
+        case "bool_type" | "bool_parsing":
+            return _("{key}: must be true or false, not {value}").format(key=key, value=shown)
+        case "string_type" | "path_type":
+            return _("{key}: must be text, not {value} (quote it)").format(key=key, value=shown)
+    return f"{key}: {error['msg']}"
+
+
+def schema(cls: type[Model]) -> dict[str, Any]:
+    """Return the JSON schema of `cls`, for editors and programs."""
+    return cls.model_json_schema()
+
