@@ -46,8 +46,7 @@ def load(cls: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
         key, equals, value = text.partition("=")
         if not equals or not key.strip("-. "):
             raise ConfigError(_("{text!r} is not of the form key=value").format(text=text), where=_("command line"))
-        change = _unalias(cls, {key.lstrip("-").replace("-", "_"): yamls.scalar(value)}, {})
-        for dotted, new in _leaves(change):
+        for dotted, new in _moved(cls, key.lstrip("-").replace("-", "_"), yamls.scalar(value)).items():
             _put(data, tuple(dotted.split(".")), new)
             places[tuple(dotted.split("."))] = _("command line")
     return validate(cls, data, places)
@@ -133,11 +132,9 @@ def _union(choices: Mapping[str | None, type[BaseModel]], value: Any, default: A
 
 def _unalias(cls: type[Model], data: dict[str, Any], places: dict[tuple[str | int, ...], str]) -> dict[str, Any]:
     """Move the names users know from other tools to ours; refuse a value given under both."""
-    result = {k: v for k, v in data.items() if k not in cls.ALIASES or _own(cls, k, v)}
+    result = {k: v for k, v in data.items() if _moved(cls, k, v) == {k: v}}
     for name in data.keys() - result.keys():
-        alias = cls.ALIASES[name]
-        moved = {alias: data[name]} if isinstance(alias, str) else alias(data[name])
-        for dotted, value in moved.items():
+        for dotted, value in _moved(cls, name, data[name]).items():
             key = tuple(dotted.split("."))
             if _get(result, key) is not None and _get(result, key) != value:
                 raise ConfigError(
@@ -149,21 +146,10 @@ def _unalias(cls: type[Model], data: dict[str, Any], places: dict[tuple[str | in
     return result
 
 
-def _own(cls: type[Model], name: str, value: Any) -> bool:
-    """A name may be both ours and another tool's (`optim: adamw_torch`): it is ours unless the alias changes it."""
-    alias = cls.ALIASES[name]
-    return name in cls.model_fields and (isinstance(alias, str) or alias(value) == {name: value})
-
-
-def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, dict) and data and prefix == "":
-        for key, value in data.items():
-            yield from _leaves(value, key)
-    elif isinstance(data, dict) and data and "." not in prefix and any(isinstance(v, dict) for v in data.values()):
-        for key, value in data.items():
-            yield from _leaves(value, f"{prefix}.{key}")
-    else:
-        yield prefix, data
+def _moved(cls: type[Model], name: str, value: Any) -> dict[str, Any]:
+    """Return {our dotted key: value} for a key that may be another tool's (`optim: adamw_torch`)."""
+    alias = cls.ALIASES.get(name, name)
+    return {alias: value} if isinstance(alias, str) else alias(value)
 
 
 def _get(data: Any, key: tuple[str, ...]) -> Any:

@@ -1,0 +1,63 @@
+"""A module and a layout become this process's part of the model; and the process itself is made ready."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def start(*, threads: int | None, device: str) -> torch.device:
+    """Make the process ready: threads, memory allocator, device.  Returns the device; ValueError if it is absent."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _keep_memory()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: no CUDA device is visible; set device=cpu or auto")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _keep_memory() -> None:
+    """Let glibc keep freed blocks: page faults of fresh ones cost 6 times the fill itself (measured, see LOG.md)."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):                 # another libc (musl) has no such switch
+        return
+    for switch, size in ((-3, 1 << 30), (-1, 1 << 31), (-2, 64 << 20)):   # mmap threshold, trim threshold, top pad
+        mallopt(ctypes.c_int(switch), ctypes.c_int(min(size, (1 << 31) - 1)))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context under which forward passes run in `precision`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def shard(model: nn.Module, *, recompute: str | int, compile: bool) -> nn.Module:
+    """Return `model` with recomputation and compilation applied to its blocks, in this order.
+
+    Names of parameters stay.  One compiled block serves all blocks: they share their code.
+    """
+    every = {"none": 0, "full": 1}.get(recompute, recompute) if isinstance(recompute, str) else recompute
+    blocks: nn.ModuleList = model.blocks               # type: ignore[assignment]
+    for number, block in enumerate(blocks):
+        if every and number % int(every) == 0:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=True)
+        if compile:
+            block.compile(dynamic=False)
+    return model

@@ -1,0 +1,75 @@
+"""Batches in an order that is a pure function of the seed, each with the position after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from danlu import chance
+from danlu.data.shards import Shards
+from danlu.data.stream import Mixed, Stream
+from danlu.data.tokenizer import Special
+from danlu.errors import DataError
+from danlu.fault import fault
+from danlu.objectives.protocol import Objective
+from danlu.words import _
+
+Fed = tuple[dict[str, Tensor], Any]                    # the batch, and the position after it
+
+
+def stream(shards: Shards, objective: Objective, *, length: int, overlong: str, pack: bool, seed: int | None) -> Stream:
+    """Return the rows of a prepared split, cut and packed as `objective` needs them."""
+    room, overlap, reserve = objective.room(length)
+    return Stream(shards, length=room, overlap=overlap, reserve=reserve, overlong=overlong, pack=pack, seed=seed,
+                  partner=objective.partner)
+
+
+class Steps(IterableDataset[Fed]):
+    """The batches from a position on; worker w of n makes every n-th, and the loader puts them in order again."""
+
+    def __init__(self, rows: Stream | Mixed, objective: Objective, vocab: Special, *, per_step: int, length: int,
+                 seed: int, position: Any, limit: int | None = None) -> None:
+        self.rows, self.objective, self.vocab = rows, objective, vocab
+        self.per_step, self.length, self.seed, self.position, self.limit = per_step, length, seed, position, limit
+
+    def rng(self, key: Any, purpose: str) -> np.random.Generator:
+        """Return the generator of one row and purpose."""
+        return chance.generator(self.seed, purpose, key)
+
+    def __iter__(self) -> Iterator[Fed]:
+        worker = torch.utils.data.get_worker_info()
+        mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        plans = self.rows.plans(self.position)
+        for step in range(self.limit) if self.limit is not None else iter(int, 1):
+            dealt = list(islice(plans, self.per_step))
+            if step % of != mine:
+                continue
+            if worker is not None:
+                fault("data.worker")
+            rows = [self.rows.read(plan) for plan, _after in dealt]
+            yield self.objective.collate(rows, self.vocab, self.rng, self.length), dealt[-1][1]
+
+
+def batches(steps: Steps, *, workers: int) -> Iterator[Fed]:
+    """Yield the batches of `steps`, made by `workers` processes.  A worker that dies is a DataError, never a hang."""
+    loader: DataLoader[Fed] = DataLoader(
+        steps, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None, timeout=120 if workers else 0,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            _("a process that makes batches died: {why}").format(why=error),
+            fix=_("start again: the run goes on from its newest checkpoint; workers=0 makes batches in this process"),
+        ) from error
+
+

@@ -1,0 +1,172 @@
+"""The recipe: one frozen, typed object, one YAML file.  These keys are the product's public names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from danlu.config import Model
+from danlu.layout import Layout
+from danlu.models.decoder import Decoder
+from danlu.models.encoder import Encoder
+from danlu.objectives.protocol import Objectives
+from danlu.optim import Optimizers
+from danlu.schedule import Schedules
+from danlu.words import _
+
+Models = Annotated[Decoder | Encoder, Field(discriminator="kind")]
+
+
+class Source(Model):
+    """A prepared folder (what `danlu prepare` wrote), which part of it, and its share in a mixture."""
+
+    path: Path = Field(description="Folder that `danlu prepare` wrote.")
+    split: Literal["train", "val", "test"] = Field("train", description="Which part of it.")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the rows, relative to other sources.")
+
+
+class Every(Model):
+    """How often things happen, in steps; 0 means never (for `save`: only at the end)."""
+
+    log: int = Field(10, ge=1, description="Write a line of metrics.")
+    evaluate: int = Field(0, ge=0, description="Measure the loss on `eval`; also done at the start and the end.")
+    save: int = Field(0, ge=0, description="Write a checkpoint; also done at the end.")
+    sample: int = Field(0, ge=0, description="Show a text the model writes.")
+    keep: int = Field(2, ge=2, description="Checkpoints kept; the best and the last two verified ones always stay.")
+
+
+class Stop(Model):
+    """Early stopping: end when the metric has not fallen for `patience` evaluations."""
+
+    patience: int = Field(ge=1, description="Evaluations without improvement before the run ends.")
+    metric: str = Field("eval/loss", description="What must fall.")
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False, description="A fall smaller than this is none.")
+
+
+class Guard(Model):
+    """What is done when a run goes wrong silently.  Every check is on in every run; these are its thresholds."""
+
+    max_skips: int = Field(3, ge=0, description="Updates in a row that may be skipped for bad numbers before the run stops.")
+    spike: float = Field(6.0, gt=0, description="Skip an update whose loss lies this many deviations above its history.")
+    overlap: float = Field(0.0, ge=0, le=1, description="Share of evaluation documents that may stand in the training data.")
+    reload: bool = Field(True, description="Save, reload and compare before the first step.")
+
+
+class Run(Model):
+    """Whatever is needed to repeat a training run."""
+
+    out: Path = Field(description="Run folder.")
+    model: Models | None = Field(None, description="A model with random weights …")
+    start: Path | None = Field(None, description="… or a checkpoint or Hugging Face folder to start from.")
+    data: tuple[Source, ...] = Field(min_length=1, description="Prepared folders with weights.")
+    eval: tuple[Source, ...] = Field((), description="Held-out data; by default the `val` part of `data`.")
+    objective: Objectives = Field(description="What is learned.")
+    optim: Optimizers = Field(description="How parameters follow gradients.")
+    schedule: Schedules = Field(description="How the learning rate moves.")
+    layout: Layout = Layout()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Arithmetic of the forward pass; weights stay in fp32. auto = the fastest measured on this device.")
+    compile: bool = Field(False, description="Compile one block with torch.compile and reuse it.")
+    recompute: Literal["none", "full"] | Annotated[int, Field(ge=1)] = Field(
+        "none", description="Recompute activations in the backward pass: none, full, or every k-th block.")
+    steps: int | None = Field(None, gt=0, description="Updates …")
+    epochs: float | None = Field(None, gt=0, allow_inf_nan=False, description="… or passes over the data.")
+    rows: int | None = Field(None, gt=0, description="Rows per step, over all micro-batches …")
+    tokens: int | None = Field(None, gt=0, description="… or tokens per step.")
+    micro_rows: int | None = Field(None, gt=0, description="… or rows per micro-batch, times layout.micro.")
+    length: int = Field(gt=0, description="Tokens in a row.")
+    pack: bool = Field(True, description="Fill rows with several documents, isolated from each other.")
+    overlong: Literal["error", "split", "drop", "cut"] = Field("error", description="What to do with a document longer than a row.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order, masks and dropout.")
+    clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="Largest norm of the gradient.")
+    ema: float | None = Field(None, gt=0, lt=1, description="Decay of an average of the weights, saved beside them.")
+    every: Every = Every()
+    stop: Stop | None = None
+    guard: Guard = Guard()
+    workers: int = Field(0, ge=0, description="Processes that make batches; 0 = this one.")
+    threads: int | None = Field(None, gt=0, description="CPU threads; by default all cores. Part of what makes a run repeat to the bit.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model lives.")
+    verify: Literal["full", "size"] = Field("full", description="Hash prepared data before use, or compare sizes only.")
+    trackers: tuple[Literal["tensorboard"], ...] = Field((), description="Where else metrics go.")
+    report: bool = Field(False, description="Write report.html with curves at the end (extra: report).")
+    resume: bool = Field(True, description="Go on from the newest good checkpoint in `out`.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        problems = []
+        if (self.model is None) == (self.start is None):
+            problems.append(_("give either `model` (random weights) or `start` (weights to begin from)"))
+        if (self.steps is None) == (self.epochs is None):
+            problems.append(_("give either `steps` or `epochs`"))
+        if sum(v is not None for v in (self.rows, self.tokens, self.micro_rows)) != 1:
+            problems.append(_("give one of `rows`, `tokens` (per step) and `micro_rows` (per micro-batch)"))
+        if self.tokens is not None and self.tokens < self.length:
+            problems.append(_("tokens={tokens} is less than one row of length={length}").format(
+                tokens=self.tokens, length=self.length))
+        if self.stop is not None and not self.every.evaluate:
+            problems.append(_("stop needs every.evaluate > 0, or nothing would ever stop the run"))
+        if self.model is not None and "lm" in self.objective.heads and self.model.kind != "decoder":
+            problems.append(_("objective {kind} needs a decoder; set model.kind=decoder").format(kind=self.objective.kind))
+        if self.model is not None and "mlm" in self.objective.heads and self.model.kind != "encoder":
+            problems.append(_("objective {kind} needs an encoder; set model.kind=encoder").format(kind=self.objective.kind))
+        if self.pack and self.objective.partner:
+            problems.append(_("sentence pairs fill their rows themselves; set pack=false"))
+        if self.model is not None and self.length > self.model.context:
+            problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
+                            .format(length=self.length, context=self.model.context))
+        if not problems:
+            try:
+                self.layout.check(self.step_rows)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def step_rows(self) -> int:
+        """Rows per step."""
+        if self.micro_rows is not None:
+            return self.micro_rows * self.layout.micro
+        return self.rows if self.rows is not None else max(1, (self.tokens or 0) // self.length)
+
+    ALIASES: ClassVar[Mapping[str, str | Callable[[Any], dict[str, Any]]]] = {}
+
+
+_SCHEDULES = {"constant_with_warmup": "constant", "inverse_sqrt": "inverse_sqrt", "warmup_stable_decay": "wsd"}
+_OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adafactor": "adafactor"}
+
+
+def _paths(value: Any) -> list[Any]:
+    values = value if isinstance(value, list) else [value]
+    return [{"path": v} if isinstance(v, str) else v for v in values]
+
+
+def _optim(value: Any) -> dict[str, Any]:
+    return {"optim": _OPTIMS.get(value, value) if isinstance(value, str) else value}
+
+
+Run.ALIASES = {
+    "model_name_or_path": "start", "base_model": "start", "output_dir": "out",
+    "dataset": lambda v: {"data": _paths(v)}, "eval_dataset": lambda v: {"eval": _paths(v)},
+    "data": lambda v: {"data": _paths(v)}, "eval": lambda v: {"eval": _paths(v)},
+    "cutoff_len": "length", "sequence_len": "length", "max_length": "length", "max_seq_length": "length",
+    "packing": "pack", "sample_packing": "pack", "neat_packing": "pack",
+    "logging_steps": "every.log", "save_steps": "every.save", "save_total_limit": "every.keep",
+    "eval_steps": "every.evaluate", "early_stopping_steps": "stop.patience",
+    "per_device_train_batch_size": "micro_rows", "micro_batch_size": "micro_rows", "global_batch_size": "rows", "gradient_accumulation_steps": "layout.micro",
+    "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "max_grad_norm": "clip",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps",
+    "lr_scheduler_type": lambda v: {"schedule.kind": _SCHEDULES.get(v, v)},
+    "lr_scheduler": lambda v: {"schedule.kind": _SCHEDULES.get(v, v)},
+    "warmup_ratio": "schedule.warmup", "warmup_steps": "schedule.warmup",
+    "optimizer": _optim, "optim": _optim,
+    "bf16": lambda v: {"precision": "bf16"} if v else {}, "fp16": lambda v: {"precision": "fp16"} if v else {},
+    "gradient_checkpointing": lambda v: {"recompute": "full" if v else "none"},
+    "report_to": lambda v: {"trackers": [] if v in ("none", None) else v if isinstance(v, list) else [v]},
+    "plot_loss": "report", "dataloader_num_workers": "workers",
+    "resume_from_checkpoint": lambda v: {"resume": v not in (False, None, "false")},
+}
