@@ -1,0 +1,211 @@
+"""Attention: grouped queries, rotary positions, sliding windows, packed documents, a cache of the past; three equal paths.
+
+B rows, T tokens, S tokens that can be seen (past ones included), D width, H query heads, G key heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from danlu.nn.cache import Past
+from danlu.nn.norm import RMSNorm
+from danlu.nn.position import rotate
+
+BLOCK = 128     # queries in a block of the "block" path: larger ones compute more of what the causal mask throws away
+
+
+class Sight(NamedTuple):
+    """What each query sees.  Made once a forward pass and shared by all layers."""
+
+    causal: bool                # token t sees tokens 0..t
+    window: int | None          # … and of those only the last `window`
+    bias: Tensor | None         # [B or 1, 1, T, S] added to the scores: 0 seen, -inf not.  None: `causal` says it all
+
+
+def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch.dtype, window: int | None = None,
+          segments: Tensor | None = None, past: int = 0) -> Sight:
+    """Return what `tokens` new queries see, after `past` tokens that a cache holds.
+
+    segments [B, S]: a token sees only tokens of its own segment.  Padding (0) is a segment of its own: it sees only
+    padding, so nothing real depends on it and no row of the softmax is empty.
+    """
+    seen = past + tokens
+    if window is not None and window >= seen:
+        window = None
+    if segments is None and window is None and (past == 0 or tokens == 1 or not causal):
+        return Sight(causal and past == 0, None, None)      # one new query after a past sees everything
+    query = torch.arange(past, seen, device=device)[:, None]
+    key = torch.arange(seen, device=device)
+    allowed = torch.ones(tokens, seen, dtype=torch.bool, device=device)
+    if causal:
+        allowed &= key <= query
+    if window is not None:
+        allowed &= key > query - window
+        if not causal:
+            allowed &= key < query + window
+    if segments is not None:
+        allowed = allowed & (segments[:, None, past:, None] == segments[:, None, None, :])      # [B, 1, T, S]
+    else:
+        allowed = allowed[None, None]
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -math.inf)
+    return Sight(causal, window, bias)
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type that matrix products with `weight` are computed in: autocast's, if it is on."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+class Attention(nn.Module):
+    """Multi-head attention with `kv_heads` shared key and value heads (Ainslie et al., 2023)."""
+
+    def __init__(self, width: int, heads: int, *, kv_heads: int | None = None, head_width: int | None = None,
+                 qkv_bias: bool = False, out_bias: bool = False, qk_norm: float | None = None, dropout: float = 0.0,
+                 device: str | torch.device | None = None) -> None:
+        super().__init__()
+        self.head_width = head_width or width // heads
+        self.dropout = dropout
+        self.path = "sdpa"
+        keys = (kv_heads or heads) * self.head_width
+        self.q = nn.Linear(width, heads * self.head_width, bias=qkv_bias, device=device)
+        self.k = nn.Linear(width, keys, bias=qkv_bias, device=device)
+        self.v = nn.Linear(width, keys, bias=qkv_bias, device=device)
+        self.o = nn.Linear(heads * self.head_width, width, bias=out_bias, device=device)
+        self.q_norm = None if qk_norm is None else RMSNorm(self.head_width, qk_norm, device=device)
+        self.k_norm = None if qk_norm is None else RMSNorm(self.head_width, qk_norm, device=device)
+
+    def forward(self, x: Tensor, see: Sight, *, rotary: tuple[Tensor, Tensor] | None = None,
+                past: Past | None = None) -> Tensor:
+        """Return [B, T, D].  `rotary` = (cos, sin), each [B or 1, T, K/2]; `past` is extended in place."""
+        q = self.q(x).unflatten(-1, (-1, self.head_width))      # [B, T, H, K]; -1 keeps this true under tensor parallelism
+        k = self.k(x).unflatten(-1, (-1, self.head_width))      # [B, T, G, K]
+        v = self.v(x).unflatten(-1, (-1, self.head_width))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past is not None:
+            k, v = past.extend(k, v)                            # [B, S, G, K]
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q.to(v.dtype), k.to(v.dtype), v, see, self.path, dropout=dropout)
+        return self.o(out.flatten(-2))                          # type: ignore[no-any-return]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: float = 0.0) -> Tensor:
+    """Return softmax(q·k/sqrt(K) under `see`)·v as [B, T, H, K], by the named path.  q [B, T, H, K]; k, v [B, S, G, K]."""
+    if path == "sdpa":
+        return _sdpa(q, k, v, see, dropout)
+    block = {"plain": q.shape[1], "block": BLOCK}[path]
+    learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return Blocks.apply(q, k, v, see, block, dropout, learning)             # type: ignore[no-any-return, no-untyped-call]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Sight, dropout: float) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    bias = None if see.bias is None else see.bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=see.causal and bias is None,
+                                         enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+class Blocks(torch.autograd.Function):
+    """Attention as plain matrix products, `block` queries at a time, over no more keys than those can see.
+
+    One block is ordinary attention.  The gradient is written out, because autograd would pad every slice of k and v
+    back to full size and keep the scores beside the probabilities.  R = H/G query heads share a key head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, see: Sight, block: int, dropout: float,
+                learning: bool) -> Tensor:
+        batch, tokens, heads, width = q.shape
+        out = torch.empty_like(q)                                           # [B, T, H, K]
+        q, k, v = _by_head(q, k.shape[2]), _by_head(k, k.shape[2])[:, 0], _by_head(v, v.shape[2])[:, 0]
+        keep: list[Tensor] = []
+        spans = _spans(tokens, k.shape[1], block, see)
+        with torch.autocast(q.device.type, enabled=False):
+            for start, stop, first, last in spans:
+                scores = _product(q[:, :, start:stop].flatten(1, 2), k[:, first:last].mT, width**-0.5)
+                scores = _mask(scores, see, batch, (start, stop, first, last))
+                p = torch.softmax(scores, -1)                               # [B*G, R*t, s]
+                seen = p
+                if dropout > 0:
+                    drop = torch.empty_like(p).bernoulli_(1 - dropout).div_(1 - dropout)
+                    seen = p * drop
+                    keep.append(drop)
+                keep.append(p)
+                part = (seen @ v[:, first:last]).view(batch, -1, heads * batch // len(k), stop - start, width)
+                out[:, start:stop].unflatten(2, (part.shape[1], -1)).copy_(part.permute(0, 3, 1, 2, 4))
+                if not learning:
+                    keep.clear()
+        ctx.save_for_backward(q, k, v, *keep)
+        ctx.spans, ctx.dropout = spans, dropout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors                                  # [B*G, R, T, K], [B*G, S, K] twice
+        batch, heads, scale = grad.shape[0], k.shape[0] // grad.shape[0], q.shape[-1] ** -0.5
+        grad = _by_head(grad, heads)
+        dq = torch.empty_like(q)
+        # Several blocks add to the same keys: in float32, or bfloat16 would round once a block.
+        dk, dv = (torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) for x in (k, v))
+        for start, stop, first, last in ctx.spans:
+            drop = kept.pop(0) if ctx.dropout > 0 else None
+            p = kept.pop(0)
+            g = grad[:, :, start:stop].flatten(1, 2)                        # [B*G, R*t, K]
+            dv[:, first:last] += (p if drop is None else p * drop).mT @ g
+            dp = g @ v[:, first:last].mT
+            if drop is not None:
+                dp *= drop
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)           # type: ignore[attr-defined]
+            dq[:, :, start:stop] = _product(ds, k[:, first:last], scale).unflatten(1, (-1, stop - start))
+            dk[:, first:last] += _product(ds.mT, q[:, :, start:stop].flatten(1, 2), scale)
+        dq = dq.view(batch, -1, *dq.shape[2:]).transpose(1, 2)
+        dk, dv = (x.to(v.dtype).view(batch, heads, *x.shape[1:]).transpose(1, 2) for x in (dk, dv))
+        return dq, dk, dv, None, None, None, None
+
+
+def _by_head(x: Tensor, keys: int) -> Tensor:
+    """Return x [B, T, H, K] as a contiguous [B*G, R, T, K]: the query heads of one key head stand together."""
+    x = x.unflatten(2, (keys, -1)).permute(0, 2, 3, 1, 4)                   # [B, G, R, T, K]
+    return x.reshape(-1, *x.shape[2:]).contiguous()
+
+
+def _spans(tokens: int, seen: int, block: int, see: Sight) -> list[tuple[int, int, int, int]]:
+    """Return (first query, past the last, first key, past the last) of each block."""
+    past, spans = seen - tokens, []
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        last = past + stop if see.causal else seen
+        first = max(0, past + start - see.window + 1) if see.causal and see.window is not None else 0
+        spans.append((start, stop, first, last))
+    return spans
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale·a@b, the scale applied inside the product."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _mask(scores: Tensor, see: Sight, batch: int, span: tuple[int, int, int, int]) -> Tensor:
+    """Return the scores [B*G, R*t, s] with -inf added where the query does not see the key."""
+    start, stop, first, last = span
+    if see.bias is not None:
+        bias = see.bias[:, :, start:stop, first:last].to(scores.dtype)      # [B or 1, 1, t, s]
+        scores.view(batch, -1, *bias.shape[2:]).add_(bias)
+    elif see.causal:
+        size = stop - start                                                 # only the last keys can be in the future
+        future = torch.full((size, size), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+        scores.unflatten(1, (-1, size))[..., -size:] += future
+    return scores
