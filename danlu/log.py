@@ -30,10 +30,13 @@ class Metrics:
         self.failed = False
         self.board = _tensorboard(folder) if "tensorboard" in trackers else None
 
-    def rewind(self, step: int) -> None:
-        """Drop lines after `step`, so that no step stands twice."""
-        if self.path.exists():
-            files.rewrite_lines(self.path, [line for line in files.read_lines(self.path) if line["step"] <= step])
+    def rewind(self, step: int) -> dict[int, str]:
+        """Drop lines after `step`, so that no step stands twice; return the exact training losses they recorded."""
+        if not self.path.exists():
+            return {}
+        lines = list(files.read_lines(self.path))
+        files.rewrite_lines(self.path, [line for line in lines if line["step"] <= step])
+        return {line["step"]: line["train/loss_hex"] for line in lines if line["step"] > step and "train/loss_hex" in line}
 
     def write(self, step: int, values: Values) -> None:
         """Append one line; NaN and infinity are written as text, never hidden; losses also exactly (hexadecimal)."""

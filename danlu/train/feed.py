@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,13 @@ def stream(shards: Shards, objective: Objective, *, length: int, overlong: str, 
 
 
 class Steps(IterableDataset[Fed]):
-    """The batches from a position on; worker w of n makes every n-th, and the loader puts them in order again."""
+    """The batches from a position on, without end or for `rows_in_all` rows; worker w of n makes every n-th, and the loader puts them in order again."""
 
     def __init__(self, rows: Stream | Mixed, objective: Objective, vocab: Special, *, per_step: int, length: int,
-                 seed: int, position: Any, limit: int | None = None) -> None:
+                 seed: int, position: Any, rows_in_all: int | None = None) -> None:
         self.rows, self.objective, self.vocab = rows, objective, vocab
-        self.per_step, self.length, self.seed, self.position, self.limit = per_step, length, seed, position, limit
+        self.per_step, self.length, self.seed = per_step, length, seed
+        self.position, self.rows_in_all = position, rows_in_all
 
     def rng(self, key: Any, purpose: str) -> np.random.Generator:
         """Return the generator of one row and purpose."""
@@ -45,9 +46,11 @@ class Steps(IterableDataset[Fed]):
     def __iter__(self) -> Iterator[Fed]:
         worker = torch.utils.data.get_worker_info()
         mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        plans = self.rows.plans(self.position)
-        for step in range(self.limit) if self.limit is not None else iter(int, 1):
+        plans = islice(self.rows.plans(self.position), self.rows_in_all)
+        for step in count():
             dealt = list(islice(plans, self.per_step))
+            if not dealt:
+                return
             if step % of != mine:
                 continue
             if worker is not None:

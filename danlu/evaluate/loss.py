@@ -1,0 +1,62 @@
+"""Loss on held-out rows: sums and counts per term, one division, an interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from danlu.objectives.protocol import Batch, Objective
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums and counts per term over a data set, batch by batch; `bytes` = UTF-8 bytes of its text, 0 = unknown."""
+
+    terms: tuple[str, ...]
+    scales: tuple[float, ...]
+    sums: Tensor                                         # [batches, terms] float64
+    counts: Tensor                                       # [batches, terms] float64
+    bytes: int = 0
+
+    def means(self) -> Tensor:
+        """Return [terms] losses."""
+        return self.sums.sum(0) / self.counts.sum(0).clamp(min=1e-12)
+
+    def total(self) -> float:
+        """Return the weighted sum of the terms, as it is trained on."""
+        return float((self.means() * torch.tensor(self.scales, dtype=torch.float64)).sum())
+
+    def values(self, prefix: str = "") -> dict[str, float]:
+        """Return the metrics under the field's names."""
+        means = self.means()
+        result = {f"{prefix}loss": self.total()}
+        if len(self.terms) > 1:
+            result |= {f"{prefix}{name}_loss": float(value) for name, value in zip(self.terms, means, strict=True)}
+        if self.terms[0] in ("lm", "mlm"):
+            result[f"{prefix}perplexity"] = math.exp(min(float(means[0]), 700.0))
+        if self.terms[0] == "lm" and self.bytes:
+            result[f"{prefix}bits_per_byte"] = float(self.sums[:, 0].sum()) / math.log(2) / self.bytes
+        return result
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, objective: Objective, batches: Iterable[Batch],
+            sums: Callable[[Batch], Tensor], *, bytes: int = 0) -> Loss:
+    """Return the loss of `model` over `batches` in evaluation mode; the mode before is put back.
+
+    `sums` gives [terms] sums of one batch under the run's precision (`Engine.sums`).
+    """
+    training = model.training
+    model.eval()
+    rows, counts = [], []
+    try:
+        for batch in batches:
+            rows.append(sums(batch).double().cpu())
+            counts.append(objective.count(batch).double().cpu())
+    finally:
+        model.train(training)
+    return Loss(objective.terms, objective.scales, torch.stack(rows), torch.stack(counts), bytes)

@@ -1,0 +1,64 @@
+"""run.json: what a run was made from, by content hash, so that lineage can be walked back."""
+
+from __future__ import annotations
+
+import platform
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import danlu
+from danlu import config, files
+from danlu.train.recipe import Run
+from danlu.words import _
+
+HARMLESS = {"out", "every", "workers", "trackers", "report", "resume", "verify", "guard", "stop"}
+
+
+@cache
+def code() -> str:
+    """Return the hash of the package's source files."""
+    root = Path(danlu.__file__).parent
+    return files.digest({p.relative_to(root).as_posix(): files.sha256(p) for p in sorted(root.rglob("*.py"))})
+
+
+def machine() -> dict[str, Any]:
+    """Return what makes results repeat to the bit: versions, device, threads."""
+    cuda = torch.cuda.is_available()
+    return {"danlu": danlu.__version__, "code": code(), "torch": torch.__version__, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if cuda else platform.machine(), "world_size": 1,
+            "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+
+
+def same_machine(found: Path | None, run: Run) -> bool:
+    """Return whether a resumed run may be held to the recorded losses: same versions, threads and settings."""
+    if found is None:
+        return False
+    manifest = files.read_json(found / "manifest.json")
+    return all(manifest.get(k) == v for k, v in machine().items()) and not differences(manifest["run"], config.dump(run))
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the settings that differ and matter for the result, as text."""
+    return [_("{key}: {then} then, {now} now").format(key=key, then=then.get(key), now=now.get(key))
+            for key in sorted(then.keys() | now.keys()) if key not in HARMLESS and then.get(key) != now.get(key)]
+
+
+def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, parameters: int, choice: dict[str, str],
+          audit: dict[str, Any]) -> None:
+    """Write run.json and recipe.yaml."""
+    files.write_text(run.out / "recipe.yaml", config.to_yaml(run))
+    files.write_json(run.out / "run.json", {
+        "schema": 1, "kind": "train", "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": config.dump(run),
+        "data": data_records, "tokenizer": tokenizer, "parameters": parameters, "choice": choice, "audit": audit,
+        "machine": machine(),
+    })
+
+
+def finish(out: Path, metrics: dict[str, Any]) -> None:
+    """Add the result to run.json."""
+    record = files.read_json(out / "run.json")
+    files.write_json(out / "run.json", {**record, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "metrics": metrics})
