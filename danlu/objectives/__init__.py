@@ -1,1 +1,20 @@
-"""What is learned: how rows become a batch, and how outputs become sums and counts."""
+"""What is learned: rows to batches, model output to sums and counts.  No model is imported here."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from danlu.objectives.lm import CausalLM, MaskedLM
+from danlu.objectives.mixture import Mixture, Part, spell_out
+from danlu.objectives.pairs import NextSentence, SentenceOrder
+from danlu.objectives.protocol import Batch, Objective, Row
+
+Objectives = Annotated[
+    Annotated[CausalLM | MaskedLM | NextSentence | SentenceOrder | Mixture, Field(discriminator="kind")],
+    BeforeValidator(spell_out),
+]
+
+__all__ = [
+    "Batch", "CausalLM", "MaskedLM", "Mixture", "NextSentence", "Objective", "Objectives", "Part", "Row",
+    "SentenceOrder",
+]

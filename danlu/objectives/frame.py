@@ -1,0 +1,124 @@
+"""Rows of unequal length become columns [B, T]: numpy only, no loop over rows.
+
+B rows, T tokens of a padded row, N ids of all rows together, P pieces (a piece = one document of a row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from danlu.data.tokenizer import Special
+from danlu.errors import IncompatibleError
+from danlu.objectives.protocol import Batch, Row
+from danlu.words import _
+
+Columns = dict[str, np.ndarray]     # as a Batch, still in numpy
+
+
+@dataclass(frozen=True)
+class Flat:
+    """All rows end to end.  Arrays are [N] unless said otherwise."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    segments: np.ndarray
+    sizes: np.ndarray       # [B] ids in each row
+    row: np.ndarray         # which row
+    place: np.ndarray       # where in its row
+    first: np.ndarray       # bool: the piece begins here
+
+
+def flatten(rows: Sequence[Row]) -> Flat:
+    """Return the rows end to end."""
+    sizes = np.array([len(r["ids"]) for r in rows])
+    ids = np.concatenate([r["ids"] for r in rows])
+    segments = np.concatenate([r["segments"] for r in rows])
+    row = np.repeat(np.arange(len(rows)), sizes)
+    place = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    first = place == 0
+    first[1:] |= segments[1:] != segments[:-1]
+    return Flat(ids, np.concatenate([r["weights"] for r in rows]), segments, sizes, row, place, first)
+
+
+def since(first: np.ndarray) -> np.ndarray:
+    """Return, for each place, how far the last True of `first` lies back."""
+    here = np.arange(len(first))
+    return here - np.maximum.accumulate(np.where(first, here, 0))
+
+
+def spread(values: np.ndarray, at: np.ndarray, shape: tuple[int, int], fill: float, dtype: type) -> np.ndarray:
+    """Return [B, T] of `fill`, with `values` at the flat positions `at`."""
+    out: np.ndarray = np.full(shape[0] * shape[1], fill, dtype)
+    out[at] = values
+    return out.reshape(shape)
+
+
+def pad_id(vocab: Special) -> int:
+    """Return the id that stands where nothing stands."""
+    return 0 if vocab.pad is None else vocab.pad
+
+
+def needed(vocab: Special, *names: str) -> tuple[int, ...]:
+    """Return the ids of the special tokens called cls, sep, mask.  Raises IncompatibleError where one is missing."""
+    ids = [getattr(vocab, name) for name in names]
+    missing = [f"[{n.upper()}]" for n, i in zip(names, ids, strict=True) if i is None]
+    if missing:
+        raise IncompatibleError(
+            _("the tokenizer has no {names} token, which this objective needs").format(names=", ".join(missing)),
+            fix=_("use a tokenizer made for encoders, or set objective.kind: causal_lm"),
+        )
+    return tuple(ids)
+
+
+def wrap(rows: Sequence[Row], vocab: Special, length: int) -> Columns:
+    """Return each piece as [CLS] piece [SEP]; a mark that is there already is not written twice.
+
+    Columns: ids, weights, segments, positions, all [B, T].  Marks have weight 0.
+    """
+    cls, sep = needed(vocab, "cls", "sep")
+    flat = flatten(rows)
+    start = np.flatnonzero(flat.first)                                  # [P]
+    end = np.append(start[1:], len(flat.ids)) - 1                       # [P]
+    left = (flat.ids[start] != cls).astype(np.int64)                    # [P] marks to add
+    right = (flat.ids[end] != sep).astype(np.int64)
+    added = left + np.append(0, right[:-1])                             # added before each piece, over all rows …
+    before = np.cumsum(added)
+    opens = flat.place[start] == 0
+    carried = np.maximum.accumulate(np.where(opens, before - left, 0))  # … of which in earlier rows
+    shift = np.zeros(len(flat.ids), np.int64)
+    shift[start] = np.diff(before - carried, prepend=0)
+    place = flat.place + np.cumsum(shift)
+    assert not len(place) or place.max() + right[-1] <= length, "a row does not fit: ask room() for its size"
+
+    shape = (len(rows), length)
+    at = flat.row * length + place
+    lefts, rights = at[start[left == 1]] - 1, at[end[right == 1]] + 1
+    every = np.concatenate([at, lefts, rights])
+    marks = np.zeros(len(lefts) + len(rights), np.float32)
+    ids = np.concatenate([flat.ids, np.full(len(lefts), cls), np.full(len(rights), sep)])
+    segments = np.concatenate([flat.segments, flat.segments[start[left == 1]], flat.segments[end[right == 1]]])
+    columns = {
+        "ids": spread(ids, every, shape, pad_id(vocab), np.int64),
+        "weights": spread(np.concatenate([flat.weights, marks]), every, shape, 0, np.float32),
+        "segments": spread(segments, every, shape, 0, np.int32),
+    }
+    return columns | {"positions": restart(columns["segments"])}
+
+
+def restart(segments: np.ndarray) -> np.ndarray:
+    """Return positions [B, T] that start from 0 in each segment; 0 on padding."""
+    first = np.ones(segments.shape, bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return np.where(segments > 0, since(first.ravel()).reshape(segments.shape), 0)
+
+
+def to_batch(columns: Mapping[str, np.ndarray]) -> Batch:
+    """Return the columns as tensors, without `positions` and `segments` where every row is one full document."""
+    segments = columns["segments"]
+    whole = segments.size > 0 and bool((segments == segments[:, :1]).all()) and bool((segments[:, 0] > 0).all())
+    drop = ("positions", "segments") if whole else ()
+    return {name: torch.from_numpy(column) for name, column in columns.items() if name not in drop}
