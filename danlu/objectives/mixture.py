@@ -65,10 +65,10 @@ class Mixture(Model):
         kinds = [p.objective.kind for p in parts]
         twice = next((k for k in kinds if kinds.count(k) > 1), None)
         if twice:
-            raise ValueError(_("{kind} stands twice in the mixture; keep it once and set its weight").format(kind=twice))
+            raise ValueError(_("{kind} stands twice in the mixture; name it once, with a weight").format(kind=twice))
         others = [k for k in kinds if k != "causal_lm"]
         if "causal_lm" in kinds and others:
-            what = _("causal_lm reads left to right, {other} both ways: one model cannot learn both; keep one of them")
+            what = _("causal_lm reads left to right, {other} both ways: one model cannot learn both; keep one")
             raise ValueError(what.format(other=others[0]))
         return parts
 
