@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu import files, tensorfile
-from danlu.errors import IncompatibleError
+from danlu.errors import ConfigError, IncompatibleError
 from danlu.fault import fault
 from danlu.log import say
 from danlu.models import weights
@@ -178,6 +178,23 @@ def newest(out: Path, *, hashes: bool = True) -> Path | None:
         say(_("{checkpoint} is damaged and set aside: {why}").format(checkpoint=path.name, why="; ".join(wrong)))
         path.rename(path.with_name(f"{path.name}.corrupt-{secrets.token_hex(2)}"))
     return None
+
+
+def chosen(path: Path) -> Path:
+    """Return the folder with weights that `path` means: itself, or of a run the best checkpoint, else the newest.
+
+    Averaged weights are preferred where a run has them.  Raises IncompatibleError if it is damaged.
+    """
+    if not (path / "config.json").is_file():
+        found = listing(path)
+        if not found:
+            raise ConfigError(_("no checkpoint and no model is there"), where=str(path))
+        best = files.read_json(found[-1] / "trainer_state.json")["best_global_step"]
+        named = path / f"checkpoint-{best}"
+        path = named if named in found else found[-1]
+    if (path / "manifest.json").is_file() and (wrong := verify(path)):
+        raise IncompatibleError(_("the checkpoint is damaged: {why}").format(why="; ".join(wrong)), where=str(path))
+    return path / "ema" if (path / "ema").is_dir() else path
 
 
 def load(path: Path, module: nn.Module, optimizer: Optimizer | None = None, *,

@@ -17,7 +17,7 @@ from danlu import chance, config, files, parallel
 from danlu.data.shards import Shards
 from danlu.data.stream import Mixed, Stream
 from danlu.data.tokenizer import Tokenizer
-from danlu.errors import ConfigError, IncompatibleError, NumericError, ResourceError
+from danlu.errors import IncompatibleError, NumericError, ResourceError
 from danlu.evaluate.loss import Loss, measure
 from danlu.generate import generate
 from danlu.log import Metrics, count, duration, say
@@ -92,7 +92,7 @@ def open_data(run: Run) -> Data:
         raise IncompatibleError(
             _("the sources were prepared with different tokenizers: {hashes}").format(
                 hashes=", ".join(f"{p} {t.sha256[:12]}" for p, t in folders.items())),
-            fix=_("prepare them again with one tokenizer (tokenizer: {path: …})").replace("{path: …}", "{path: …}"))
+            fix=_("prepare them again with one tokenizer: name its folder under `tokenizer`"))
     first = str(run.data[0].path)
     return Data(train, held_out, folders[first], run.data[0].path / "tokenizer",
                 files.digest([s.fingerprint for s in train]), tuple(s.weight for s in run.data))
@@ -353,5 +353,3 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
         raise NumericError(_("the first checkpoint does not reload to the same loss: {a} saved, {b} reloaded").format(
             a=before.tolist(), b=after.tolist()), where=str(saver.last))
 
-
-__all__ = ["ConfigError", "Run", "train"]

@@ -1,0 +1,205 @@
+"""`danlu VERB …`: picks one verb and imports only that."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gettext
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import danlu
+from danlu.errors import ConfigError, DanluError, ResourceError, Stopped
+from danlu.words import DOMAIN, _
+
+
+class Verb(NamedTuple):
+    """What a verb is called, where it lives, and how its arguments read."""
+
+    module: str                                          # its `main` takes the options as keywords
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    recipe: bool = False                                 # takes FILE and a.b=c instead of options
+
+
+def _verbs() -> dict[str, Verb]:
+    return {
+        "quickstart": Verb("danlu.quickstart", _("the whole way on text that Python brings, in minutes"), _quickstart),
+        "prepare": Verb("danlu.verbs.prepare", _("files to shards, tokenizer and report"), _recipe, recipe=True),
+        "train": Verb("danlu.verbs.train", _("a recipe to a trained, verified model"), _recipe, recipe=True),
+        "eval": Verb("danlu.evaluate.run", _("perplexity and bits per byte, with intervals"), _eval),
+        "generate": Verb("danlu.verbs.generate", _("let a model write"), _generate),
+        "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), _inspect),
+        "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), _report),
+        "ckpt": Verb("danlu.verbs.ckpt", _("list, verify or hash checkpoints"), _ckpt),
+        "doctor": Verb("danlu.doctor", _("what this machine and installation can do"), _doctor),
+        "config": Verb("danlu.verbs.config", _("the schema of a recipe, or a check of one"), _config),
+        "version": Verb("danlu.verbs.version", _("the version"), lambda parser: None),
+    }
+
+
+ALIASES = {"preprocess": "prepare", "pretrain": "train", "pt": "train", "evaluate": "eval", "infer": "generate",
+           "env": "doctor", "checkpoint": "ckpt"}
+
+
+def language(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """Return the arguments without `--lang X`, and X as gettext knows it."""
+    rest, chosen = list(arguments), None
+    for number, word in enumerate(rest):
+        if word == "--lang" and number + 1 < len(rest):
+            chosen = rest[number + 1]
+            del rest[number : number + 2]
+            break
+        if word.startswith("--lang="):
+            chosen = rest.pop(number).partition("=")[2]
+            break
+    return rest, {"zh": "zh_CN", "zh-cn": "zh_CN", "zh_CN": "zh_CN", "en": "en"}.get(chosen, chosen) if chosen else None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one verb; return the exit code.  Errors go to stderr, one sentence each, without a traceback unless --debug."""
+    gettext.textdomain(DOMAIN)                           # argparse speaks through gettext's global domain
+    words = list(arguments)
+    debug, as_json = "--debug" in words, "--json" in words
+    words = [w for w in words if w not in ("--debug", "--json")]
+    if words and words[0] in ALIASES:
+        words[0] = ALIASES[words[0]]
+    try:
+        return _run(words, as_json)
+    except DanluError as error:
+        problem: DanluError = error
+        if debug and not isinstance(error, Stopped):
+            raise
+    except KeyboardInterrupt:
+        problem = Stopped(_("interrupted"), signal=2)
+    except BrokenPipeError:
+        return 0
+    except (MemoryError, OSError, RuntimeError) as error:
+        known = _resource(error)
+        if known is None or debug:
+            raise
+        problem = known
+    if as_json:
+        print(json.dumps(problem.record(), ensure_ascii=False), file=sys.stderr)
+    else:
+        print(_("danlu: {problem}").format(problem=problem), file=sys.stderr)
+    return problem.code
+
+
+def _resource(error: BaseException) -> ResourceError | None:
+    """Return the shortage behind an error of the system or of PyTorch's allocators, or None."""
+    advice = _("lower rows or length, raise layout.micro, or set recompute=full")
+    if isinstance(error, MemoryError):
+        return ResourceError(_("memory has run out"), fix=advice)
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            return ResourceError(_("the disk is full: {why}").format(why=error), fix=_("free some space and run it again"))
+        return None
+    if "not enough memory" in str(error) or "out of memory" in str(error):
+        return ResourceError(_("memory has run out: {why}").format(why=str(error).splitlines()[0]), fix=advice)
+    return None
+
+
+def _run(words: list[str], as_json: bool) -> int:
+    verbs = _verbs()
+    parser = argparse.ArgumentParser(
+        prog="danlu", description=_("Danlu: train large models from raw text to a verified model."),
+        epilog=_("Every verb: --lang zh|en, --json (machine-readable), --debug (tracebacks).  Exit codes: 0 ok, 2 configuration, "
+                 "3 data, 4 incompatible artefacts, 5 memory or disk, 6 numbers, 7 refused, 75 start again, 130/143 signals."))
+    parser.add_argument("--version", action="version", version=f"danlu {danlu.__version__}")
+    commands = parser.add_subparsers(dest="verb", metavar=_("VERB"), title=_("verbs"))
+    for name, verb in verbs.items():
+        child = commands.add_parser(name, help=verb.help, description=verb.help)
+        verb.arguments(child)
+    if words and words[0] in verbs and verbs[words[0]].recipe and not {"-h", "--help"} & set(words):
+        file, overrides = recipe_words(words[1:])
+        options: dict[str, Any] = {"file": file, "overrides": overrides}
+        chosen = words[0]
+    else:
+        options = vars(parser.parse_args(words))
+        chosen = options.pop("verb")
+        if chosen is None:
+            parser.print_help()
+            return 2 if words else 0
+    return int(import_module(verbs[chosen].module).main(**options, as_json=as_json))
+
+
+def recipe_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the file and the overrides: `a.b=c`, `--a.b=c`, `--a.b c` and `--flag` all say the same."""
+    file, overrides, number = None, [], 0
+    while number < len(words):
+        word = words[number]
+        number += 1
+        if word.startswith("--") and "=" not in word:
+            follows = number < len(words) and not words[number].startswith("--")
+            overrides.append(f"{word}={words[number] if follows else 'true'}")
+            number += follows
+        elif "=" in word:
+            overrides.append(word)
+        elif file is None:
+            file = Path(word)
+        else:
+            raise ConfigError(_("two files are given: {a} and {b}").format(a=file, b=word), where=_("command line"))
+    return file, overrides
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, nargs="?", help=_("the YAML file"))
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=_("changes to it; --a.b c means the same"))
+
+
+def _quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help=_("folder for everything it makes"))
+    parser.add_argument("--steps", type=int, help=_("training steps (default: what fits into the time)"))
+    parser.add_argument("--minutes", type=float, default=2.0, help=_("time to train for"))
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--data", help=_("text files (as `prepare` reads them) or a prepared folder; default: the run's own"))
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--out", type=Path, help=_("write the result as JSON"))
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--prompt", default="", help=_("how the text begins; - reads it from stdin"))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128, help=_("tokens to write"))
+    parser.add_argument("--temperature", type=float, default=0.8, help=_("0 = always the likeliest"))
+    parser.add_argument("--top-k", "--top_k", type=int, help=_("choose among the k likeliest"))
+    parser.add_argument("--top-p", "--top_p", type=float, help=_("choose among the likeliest that make up p"))
+    parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
+                        help=_("above 1: tokens already there become less likely"))
+    parser.add_argument("--stop", action="append", default=[], help=_("text that ends the answer; may be repeated"))
+    parser.add_argument("--seed", type=int, default=0, help=_("same seed, same text"))
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help=_("prepared folder"))
+    parser.add_argument("--row", type=int, default=0, help=_("number of the row"))
+    parser.add_argument("--split", default="train", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    parser.add_argument("--recipe", type=Path, help=_("show the row as this recipe cuts, packs and masks it"))
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder"))
+
+
+def _ckpt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["ls", "verify", "hash"], help=_("what to do"))
+    parser.add_argument("path", type=Path, help=_("run folder or checkpoint"))
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--security", action="store_true", help=_("what is exposed"))
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["schema", "check"], help=_("what to do"))
+    parser.add_argument("file", nargs="?", type=Path, help=_("the YAML file"))
+    parser.add_argument("--verb", dest="about", default="train", choices=["train", "prepare"], help=_("whose file it is"))
