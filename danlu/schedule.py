@@ -1,8 +1,8 @@
 """Learning-rate schedules.  A schedule is its own configuration; `at(step, total)` is the factor on `optim.lr`.
 
-Steps count from 0: the first update of a run uses `at(0, total)`, the last `at(total - 1, total)`; `at(total, total)`,
-the end of the run, is the floor.  So no update is spent at factor 0, and after the warm-up the factors equal those of the
-field's schedulers (`transformers.get_scheduler`).  A warm-up of w steps gives 1/w, 2/w, … 1: the first is never 0.
+Steps count from 0: the first update of a run uses `at(0, total)`, the last `at(total - 1, total)`.  `at(total, total)`,
+where the run ends, is the floor; so no update is spent at factor 0, and after the warm-up the factors equal those of
+the field's schedulers (`transformers.get_scheduler`).  A warm-up of w steps gives 1/w, 2/w, … 1: the first is never 0.
 """
 
 from __future__ import annotations
