@@ -1,4 +1,4 @@
-"""Attention: grouped queries, rotary positions, sliding windows, packed documents, a cache of the past; three equal paths.
+"""Attention: grouped queries, rotary positions, sliding windows, packed documents, a cache; by three equal paths.
 
 B rows, T tokens, S tokens that can be seen (past ones included), D width, H query heads, G key heads, K head width.
 """
@@ -86,7 +86,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, see: Sight, *, rotary: tuple[Tensor, Tensor] | None = None,
                 past: Past | None = None) -> Tensor:
         """Return [B, T, D].  `rotary` = (cos, sin), each [B or 1, T, K/2]; `past` is extended in place."""
-        q = self.q(x).unflatten(-1, (-1, self.head_width))      # [B, T, H, K]; -1 keeps this true under tensor parallelism
+        q = self.q(x).unflatten(-1, (-1, self.head_width))      # [B, T, H, K]; -1 holds under tensor parallelism
         k = self.k(x).unflatten(-1, (-1, self.head_width))      # [B, T, G, K]
         v = self.v(x).unflatten(-1, (-1, self.head_width))
         if self.q_norm is not None and self.k_norm is not None:
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: float = 0.0) -> Tensor:
-    """Return softmax(q·k/sqrt(K) under `see`)·v as [B, T, H, K], by the named path.  q [B, T, H, K]; k, v [B, S, G, K]."""
+    """Return softmax(q·k/sqrt(K) under `see`)·v [B, T, H, K] by the named path.  q [B, T, H, K]; k, v [B, S, G, K]."""
     if path == "sdpa":
         return _sdpa(q, k, v, see, dropout)
     block = {"plain": q.shape[1], "block": BLOCK}[path]
@@ -112,8 +112,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: f
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Sight, dropout: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     bias = None if see.bias is None else see.bias.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=see.causal and bias is None,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout,
+                                         is_causal=see.causal and bias is None, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
@@ -125,7 +125,7 @@ class Blocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, see: Sight, block: int, dropout: float,
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, see: Sight, block: int, dropout: float,  # noqa: PLR0917
                 learning: bool) -> Tensor:
         batch, tokens, heads, width = q.shape
         out = torch.empty_like(q)                                           # [B, T, H, K]
@@ -159,7 +159,8 @@ class Blocks(torch.autograd.Function):
         grad = _by_head(grad, heads)
         dq = torch.empty_like(q)
         # Several blocks add to the same keys: in float32, or bfloat16 would round once a block.
-        dk, dv = (torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) for x in (k, v))
+        full = torch.promote_types(k.dtype, torch.float32)
+        dk, dv = torch.zeros_like(k, dtype=full), torch.zeros_like(v, dtype=full)
         for start, stop, first, last in ctx.spans:
             drop = kept.pop(0) if ctx.dropout > 0 else None
             p = kept.pop(0)
@@ -168,7 +169,7 @@ class Blocks(torch.autograd.Function):
             dp = g @ v[:, first:last].mT
             if drop is not None:
                 dp *= drop
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)           # type: ignore[attr-defined]
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, :, start:stop] = _product(ds, k[:, first:last], scale).unflatten(1, (-1, stop - start))
             dk[:, first:last] += _product(ds.mT, q[:, :, start:stop].flatten(1, 2), scale)
         dq = dq.view(batch, -1, *dq.shape[2:]).transpose(1, 2)

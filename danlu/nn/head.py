@@ -28,16 +28,16 @@ class Scores(NamedTuple):
     logp: Tensor        # [N] log-probability of the label
     logz: Tensor        # [N] log of the sum of the exponentials of the logits
     mean: Tensor        # [N] mean over the vocabulary of the log-probabilities
-    index: Tensor       # [N] int64, flat position in [B, T]
+    index: Tensor       # type: ignore[assignment]  # [N] int64, flat position in [B, T]
 
 
 def scores(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None, *, bias: Tensor | None = None,
            index: Tensor | None = None, chunk: int | None = None) -> Scores:
-    """Return the Scores of `labels` [B, T] under softmax(hidden·weightᵀ + bias), at the positions whose weight is not 0.
+    """Return the Scores of `labels` [B, T] under softmax(hidden·weightᵀ + bias) at the positions whose weight is not 0.
 
     hidden [B, T, D], or [N, D] if the caller has already selected it by `index` = learned(weights); weight [V, D],
-    bias [V]; chunk: tokens at a time (default: by memory).  The gradient is exact whatever flows in; it is cheapest where
-    that is proportional to `weights`, as in any plain or label-smoothed loss.
+    bias [V]; chunk: tokens at a time (default: by memory).  The gradient is exact whatever flows in; it is cheapest
+    where that is proportional to `weights`, as in any plain or label-smoothed loss.
     """
     labels, hidden = labels.flatten(), hidden.reshape(-1, hidden.shape[-1])
     if index is None:
@@ -78,12 +78,12 @@ class _Head(torch.autograd.Function):
     """(logp, logz).
 
     With G = softmax - onehot and upstream gradients a of logp, b of logz, the gradient of the logits is
-    (b - a)·G + b·onehot.  The forward pass keeps G·W, which serves every a and b, and (w·G)ᵀh, which serves b - a = c·w.
+    (b - a)·G + b·onehot.  The forward pass keeps G·W, which serves every a and b, and (w·G)ᵀh, for b - a = c·w.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, hint: Tensor,
-                kind: torch.dtype, chunk: int | None, learning: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,  # noqa: PLR0917
+                hint: Tensor, kind: torch.dtype, chunk: int | None, learning: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.chunk = kind, chunk
         ctx.save_for_backward(hidden, weight, bias, labels, hint)
@@ -100,8 +100,11 @@ class _Head(torch.autograd.Function):
         if a is None and b is None:
             return nothing
         hidden, weight, bias, labels, hint = ctx.saved_tensors
-        up = -a if b is None else b if a is None else b - a         # [N], the factor of G
-        ready, ctx.ready = ctx.ready, [None] * 3                    # used up: the buffers become the gradients themselves
+        if a is None or b is None:
+            up = b if a is None else -a                             # [N], the factor of G
+        else:
+            up = b - a
+        ready, ctx.ready = ctx.ready, [None] * 3                    # used up: the buffers become the gradients
         ratio = _ratio(up, hint)
         anew = [need and (have is None or (i > 0 and ratio is None))
                 for i, (need, have) in enumerate(zip(ctx.needs_input_grad[:3], ready, strict=True))]
@@ -121,7 +124,8 @@ class _Head(torch.autograd.Function):
             if b is not None:
                 db.index_add_(0, labels, b.to(db.dtype))
         grads = [made[i] if anew[i] else grad for i, grad in enumerate((dh, dw, db))]
-        return (*(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True)), *nothing[3:])
+        inputs = (hidden, weight, bias)
+        return (*(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), *nothing[3:])
 
 
 def _ratio(up: Tensor, hint: Tensor) -> float | None:
@@ -132,15 +136,15 @@ def _ratio(up: Tensor, hint: Tensor) -> float | None:
     return ratio.item() if torch.allclose(up.double(), ratio * hint.double(), rtol=1e-6, atol=0) else None
 
 
-def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, kind: torch.dtype, chunk: int | None,
-          needs: list[bool], *, hint: Tensor | None = None, up: Tensor | None = None, extra: Tensor | None = None,
-          ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, kind: torch.dtype,  # noqa: PLR0917
+          chunk: int | None, needs: list[bool], *, hint: Tensor | None = None, up: Tensor | None = None,
+          extra: Tensor | None = None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Return logp [N], logz [N] and the wanted ones of the gradients of (hidden [N, D], weight [V, D], bias [V]).
 
     The gradient of the logits is up·G + extra·onehot.  For weight and bias (not for hidden) it is weighted by `hint`.
     """
     full = torch.promote_types(kind, torch.float32)
-    h, w, b = (None if x is None else x.detach().to(kind) for x in (hidden, weight, bias))
+    h, w, b = hidden.detach().to(kind), weight.detach().to(kind), None if bias is None else bias.detach().to(kind)
     logp, logz = (torch.empty(len(hidden), dtype=full, device=hidden.device) for _output in range(2))
     dh = torch.empty_like(h) if needs[0] else None
     dw = torch.zeros(weight.shape, dtype=full, device=hidden.device) if needs[1] else None
@@ -175,7 +179,8 @@ def _chunks(h: Tensor, w: Tensor, b: Tensor | None, chunk: int | None) -> Iterat
         yield rows, g
 
 
-def _normalise(g: Tensor, labels: Tensor, up: Tensor | None, extra: Tensor | None, *, keep: bool) -> tuple[Tensor, Tensor]:
+def _normalise(g: Tensor, labels: Tensor, up: Tensor | None, extra: Tensor | None, *,
+               keep: bool) -> tuple[Tensor, Tensor]:
     """Return (logp, logz) [n] of the logits g [n, V]; with `keep`, g becomes up·(softmax - onehot) + extra·onehot."""
     full = torch.promote_types(g.dtype, torch.float32)
     step = max(1, SLAB_BYTES // (4 * g.shape[1])) if g.device.type == "cpu" else max(1, len(g))
@@ -203,5 +208,5 @@ def _add_product(total: Tensor, g: Tensor, h: Tensor) -> None:
         total.addmm_(g.mT, h)
         return
     step = max(1, SLAB_BYTES // (2 * h.shape[1])) if g.device.type == "cpu" else len(total)
-    for start in range(0, len(total), step):                    # slab by slab: the product is added while still in the cache
+    for start in range(0, len(total), step):                    # slab by slab: a product is added while in the cache
         total[start:start + step] += g[:, start:start + step].mT @ h

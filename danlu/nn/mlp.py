@@ -56,7 +56,7 @@ def gelu_tanh(x: Tensor, path: str) -> Tensor:
 
 
 class _SigmoidGelu(torch.autograd.Function):
-    """(1 + tanh u)/2 = sigmoid(2u): the same function, and torch's CPU sigmoid is several times faster than its tanh."""
+    """(1 + tanh u)/2 = sigmoid(2u): the same function, and the CPU computes a sigmoid several times faster than a tanh."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which of several equal computations runs.  All of them give the same numbers but for rounding.
 
-`Choice` is a plain value: it is found once by `choose` (a measurement of milliseconds), stored in the checkpoint and given
-back by a resumed run, so that the resumed run rounds as the first one did.  Nothing else in Danlu decides such things.
+`Choice` is a plain value: found once by `choose` (a short measurement), stored in the checkpoint, and used again by a
+resumed run, which so rounds as the first one did.  Nothing else in Danlu decides such things.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ class Choice:
         for name, value in record.items():
             if value not in known.get(name, ()):
                 raise IncompatibleError(
-                    _("the checkpoint was made with the computational path {name}={value}, which is not known here").format(
-                        name=name, value=value
-                    ),
+                    _("the checkpoint was made by the computational path {name}={value}, which is not known here").format(
+                        name=name, value=value),
                     fix=_("resume with the version of Danlu that wrote it, or start a new run from its weights"),
                 )
         return cls(**record)  # type: ignore[arg-type]

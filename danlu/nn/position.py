@@ -32,8 +32,10 @@ class Llama3(Model):
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(ge=1, allow_inf_nan=False, description="How many times longer the context becomes.")
-    low: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Waves that fit the original context fewer times than this are divided.")
-    high: float = Field(default=4.0, gt=0, allow_inf_nan=False, description="Waves that fit it more often than this stay.")
+    low: float = Field(default=1.0, gt=0, allow_inf_nan=False,
+                       description="Waves that fit the original context fewer times than this are divided.")
+    high: float = Field(default=4.0, gt=0, allow_inf_nan=False,
+                        description="Waves that fit the original context more often than this stay.")
     original: int = Field(gt=0, description="The context that the model was first trained with.")
 
     @model_validator(mode="after")
@@ -57,9 +59,12 @@ class Yarn(Model):
     kind: Literal["yarn"] = "yarn"
     factor: float = Field(ge=1, allow_inf_nan=False, description="How many times longer the context becomes.")
     original: int = Field(gt=0, description="The context that the model was first trained with.")
-    fast: float = Field(default=32.0, gt=0, allow_inf_nan=False, description="Dimensions that turn more often than this over the original context stay.")
-    slow: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Dimensions that turn less often than this are divided.")
-    attention: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="Factor of cos and sin; empty: 0.1 ln(factor) + 1.")
+    fast: float = Field(default=32.0, gt=0, allow_inf_nan=False,
+                        description="Dimensions that turn more often than this over the original context stay.")
+    slow: float = Field(default=1.0, gt=0, allow_inf_nan=False,
+                        description="Dimensions that turn less often than this are divided.")
+    attention: float | None = Field(default=None, gt=0, allow_inf_nan=False,
+                                    description="Factor of cos and sin; empty: 0.1 ln(factor) + 1.")
     truncate: bool = Field(default=True, description="Round the ramp's ends to whole dimensions.")
 
     def frequencies(self, plain: Tensor, theta: float) -> tuple[Tensor, float]:
@@ -81,13 +86,13 @@ Scaling = Linear | Llama3 | Yarn
 
 
 def frequencies(head_width: int, theta: float, scaling: Scaling | None = None) -> tuple[Tensor, float]:
-    """Return the angle per position of each pair of dimensions [K/2] (float32, on the CPU) and the factor of cos and sin."""
+    """Return each pair's angle per position [K/2] (float32, on the CPU) and the factor of cos and sin."""
     plain = 1.0 / (theta ** (torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu") / head_width))
     return (plain, 1.0) if scaling is None else scaling.frequencies(plain, theta)
 
 
 def turn(positions: Tensor, angles: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [B or 1, T, K/2] in `dtype`, for positions [B or 1, T]; the angles are taken in float32."""
+    """Return (cos, sin), each [B or 1, T, K/2] in `dtype`, for positions [B or 1, T]; computed in float32."""
     angle = positions[..., None].float() * angles.to(positions.device)
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
