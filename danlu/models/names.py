@@ -37,7 +37,7 @@ def rows(names: Iterable[Name], layers: int) -> Iterator[Name]:
 
 
 def to_hf(names: Iterable[Name], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (their name, tensor), one at a time.  Raises IncompatibleError if one of ours is missing or left over."""
+    """Yield (their name, tensor), mostly views, one at a time.  Raises IncompatibleError if one of ours is missing or left over."""
     rest = set(state)
     for name in names:
         if name.copy or not (name.ours or name.zeros):
@@ -52,7 +52,7 @@ def to_hf(names: Iterable[Name], state: Mapping[str, Tensor]) -> Iterator[tuple[
             continue
         parts = [state[ours].detach() for ours in name.ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        yield name.theirs, (tensor.mT if name.turned else tensor).contiguous()
+        yield name.theirs, tensor.mT if name.turned else tensor
     if rest:
         raise IncompatibleError(_("the weight {name} has no Hugging Face name").format(name=min(rest)))
 

@@ -100,10 +100,8 @@ class _Head(torch.autograd.Function):
         if a is None and b is None:
             return nothing
         hidden, weight, bias, labels, hint = ctx.saved_tensors
-        if a is None or b is None:
-            up = b if a is None else -a                             # [N], the factor of G
-        else:
-            up = b - a
+        zero = torch.zeros_like(hint)
+        up = (zero if b is None else b) - (zero if a is None else a)        # [N], the factor of G
         ready, ctx.ready = ctx.ready, [None] * 3                    # used up: the buffers become the gradients
         ratio = _ratio(up, hint)
         anew = [need and (have is None or (i > 0 and ratio is None))

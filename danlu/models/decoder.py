@@ -1,0 +1,355 @@
+"""Decoders: GPT-2, Llama 2 and 3, Qwen 2 and 3, Mistral, and smaller ones of the same make.
+
+B rows, T tokens, D width, H query heads, G key heads, K head width, F hidden width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from torch import Tensor, nn
+
+from danlu import chance
+from danlu.config import Model
+from danlu.errors import IncompatibleError
+from danlu.models.names import Name, rows
+from danlu.nn import attention, head
+from danlu.nn.cache import Cache, Past
+from danlu.nn.mlp import MLP, Activation
+from danlu.nn.norm import RMSNorm
+from danlu.nn.paths import Choice
+from danlu.nn.position import Scaling, frequencies, turn
+from danlu.words import _
+
+Family = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"]
+
+# What a family's models have in common where it is not the default of Decoder's fields (which are Llama's).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "gated": False, "tied": True,
+             "qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm_bias": True, "context": 1024},
+    "llama": {},
+    "qwen2": {"qkv_bias": True, "eps": 1e-6, "rope_theta": 1e6},
+    "qwen3": {"qk_norm": True, "eps": 1e-6, "rope_theta": 1e6},
+    "mistral": {},
+}
+
+# What a family's Hugging Face classes can hold; a field that is not named is free.
+HOLDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {"position": ("learned",), "norm": ("layer",), "gated": (False,), "qk_norm": (False,), "window": (None,)},
+    "llama": {"position": ("rotary",), "norm": ("rms",), "gated": (True,), "norm_bias": (False,), "qk_norm": (False,),
+              "window": (None,)},
+    "qwen2": {"position": ("rotary",), "norm": ("rms",), "gated": (True,), "norm_bias": (False,), "qk_norm": (False,),
+              "qkv_bias": (True,), "out_bias": (False,), "mlp_bias": (False,)},
+    "qwen3": {"position": ("rotary",), "norm": ("rms",), "gated": (True,), "norm_bias": (False,), "qk_norm": (True,),
+              "mlp_bias": (False,)},
+    "mistral": {"position": ("rotary",), "norm": ("rms",), "gated": (True,), "norm_bias": (False,), "qk_norm": (False,),
+                "qkv_bias": (False,), "out_bias": (False,), "mlp_bias": (False,), "full_layers": (0,)},
+}
+
+_LLAMA3 = {"kind": "llama3", "factor": 8.0, "low": 1.0, "high": 4.0, "original": 8192}
+
+# Sizes by name.  The vocabulary is the tokenizer's, so no preset has one.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"family": "gpt2", "width": 128, "layers": 4, "heads": 4, "context": 256},
+    "mini": {"family": "gpt2", "width": 384, "layers": 6, "heads": 6, "context": 256},
+    "gpt2": {"family": "gpt2", "width": 768, "layers": 12, "heads": 12},
+    "gpt2-medium": {"family": "gpt2", "width": 1024, "layers": 24, "heads": 16},
+    "gpt2-large": {"family": "gpt2", "width": 1280, "layers": 36, "heads": 20},
+    "gpt2-xl": {"family": "gpt2", "width": 1600, "layers": 48, "heads": 25},
+    "llama-nano": {"family": "llama", "width": 128, "layers": 4, "heads": 4, "context": 256, "tied": True},
+    "llama-mini": {"family": "llama", "width": 384, "layers": 6, "heads": 6, "context": 256, "tied": True},
+    "llama-110m": {"family": "llama", "width": 768, "layers": 12, "heads": 12, "hidden": 2048, "context": 1024},
+    "llama2-7b": {"family": "llama", "width": 4096, "layers": 32, "heads": 32, "hidden": 11008, "context": 4096},
+    "llama3-8b": {"family": "llama", "width": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "hidden": 14336,
+                  "context": 8192, "rope_theta": 5e5},
+    "llama3.1-8b": {"family": "llama", "width": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "hidden": 14336,
+                    "context": 131072, "rope_theta": 5e5, "scaling": _LLAMA3},
+    "llama3.2-1b": {"family": "llama", "width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "hidden": 8192, "tied": True,
+                    "context": 131072, "rope_theta": 5e5, "scaling": {**_LLAMA3, "factor": 32.0}},
+    "qwen2.5-0.5b": {"family": "qwen2", "width": 896, "layers": 24, "heads": 14, "kv_heads": 2, "hidden": 4864,
+                     "context": 32768, "tied": True},
+    "qwen2.5-7b": {"family": "qwen2", "width": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "hidden": 18944,
+                   "context": 131072},
+    "qwen3-0.6b": {"family": "qwen3", "width": 1024, "layers": 28, "heads": 16, "kv_heads": 8, "head_width": 128,
+                   "hidden": 3072, "context": 40960, "tied": True},
+    "qwen3-8b": {"family": "qwen3", "width": 4096, "layers": 36, "heads": 32, "kv_heads": 8, "head_width": 128,
+                 "hidden": 12288, "context": 40960},
+    "mistral-7b": {"family": "mistral", "width": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "hidden": 14336,
+                   "context": 32768, "window": 4096},
+}
+
+TP = {"q": "col", "k": "col", "v": "col", "o": "row", "up": "col", "gate": "col", "down": "row"}
+
+
+class Decoder(Model):
+    """The shape of a decoder.  Every field is filled in: given, or by the preset, or by the family, or by other fields."""
+
+    kind: Literal["decoder"] = "decoder"
+    family: Family = Field("llama", description="The Hugging Face layout that the model is written in.")
+    preset: str | None = Field(None, description="A size by name; fields given beside it win.")
+    vocab: int | None = Field(None, gt=0, description="Number of token ids; empty: the tokenizer's.")
+    width: int = Field(128, gt=0, description="Width of the residual stream.")
+    layers: int = Field(4, gt=0, description="Number of blocks.")
+    heads: int = Field(4, gt=0, description="Attention heads.")
+    kv_heads: int = Field(0, ge=0, description="Heads of keys and values; 0: as many as heads.")
+    head_width: int = Field(0, ge=0, description="Width of a head; 0: width / heads.")
+    hidden: int = Field(0, ge=0, description="Width inside the feed-forward part; 0: 4 widths, or 8/3 when gated.")
+    context: int = Field(2048, gt=0, description="Most tokens that the model reads at once.")
+    position: Literal["learned", "rotary"] = Field("rotary", description="How positions are told.")
+    rope_theta: float = Field(1e4, gt=1, allow_inf_nan=False, description="Base of the rotary wavelengths.")
+    scaling: Scaling | None = Field(None, discriminator="kind", description="Rotary angles for longer contexts.")
+    norm: Literal["layer", "rms"] = Field("rms", description="Normalisation before attention and feed-forward.")
+    eps: float = Field(1e-5, gt=0, lt=1, allow_inf_nan=False, description="What normalisation adds to the variance.")
+    activation: Activation = Field("silu", description="Activation of the feed-forward part.")
+    gated: bool = Field(True, description="Multiply the activation by a second projection (SwiGLU).")
+    qkv_bias: bool = Field(False, description="Biases in the query, key and value projections.")
+    out_bias: bool = Field(False, description="A bias in the output projection of attention.")
+    mlp_bias: bool = Field(False, description="Biases in the feed-forward part.")
+    norm_bias: bool = Field(False, description="Biases in layer norms.")
+    qk_norm: bool = Field(False, description="Normalise queries and keys.")
+    tied: bool = Field(False, description="The head shares the token embedding's weights.")
+    window: int | None = Field(None, gt=0, description="Tokens that a token sees, itself included; empty: all before it.")
+    full_layers: int = Field(0, ge=0, description="First layers that see everything in spite of window.")
+    dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False,
+                           description="Share of activations dropped in training after embedding and each half of a block.")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False,
+                                     description="Share of attention probabilities dropped in training.")
+    init_std: float = Field(0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the first weights.")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _fill(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(given, dict):
+            return handler(given)
+        name = given.get("preset")
+        if name is not None and name not in PRESETS:
+            raise ValueError(_("there is no preset {name!r}; there are {names}").format(name=name, names=", ".join(PRESETS)))
+        sized = PRESETS.get(name, {}) | given
+        made = handler(FAMILIES.get(str(sized.get("family", "llama")), {}) | sized)
+        object.__setattr__(made, "__pydantic_fields_set__", set(given))     # so that a written recipe stays as short
+        return made
+
+    @model_validator(mode="after")
+    def _derive(self) -> Self:
+        problems = []
+        derived = {"kv_heads": self.heads, "head_width": self.width // self.heads,
+                   "hidden": 64 * math.ceil(self.width * 8 / 3 / 64) if self.gated else 4 * self.width}
+        if not self.head_width and self.width % self.heads:
+            problems.append(_("heads={heads} does not divide width={width}").format(heads=self.heads, width=self.width))
+        for field, value in derived.items():
+            if not getattr(self, field):
+                object.__setattr__(self, field, value)
+        if self.heads % self.kv_heads:
+            problems.append(_("kv_heads={n} does not divide heads={heads}").format(n=self.kv_heads, heads=self.heads))
+        if self.position == "rotary" and self.head_width % 2:
+            problems.append(_("position=rotary needs an even head_width, not {n}").format(n=self.head_width))
+        if self.full_layers > self.layers:
+            problems.append(_("full_layers={n} is more than layers={layers}").format(n=self.full_layers, layers=self.layers))
+        problems += [_("family={family} cannot hold {field}={value}; it takes {allowed}").format(
+                         family=self.family, field=field, value=getattr(self, field), allowed=allowed[0])
+                     for field, allowed in self._holds().items() if getattr(self, field) not in allowed]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _holds(self) -> dict[str, tuple[Any, ...]]:
+        """Return the values that the family's Hugging Face classes can hold."""
+        holds = dict(HOLDS[self.family])
+        if self.family == "gpt2":
+            holds |= {"kv_heads": (self.heads,), "head_width": (self.width // self.heads,), "scaling": (None,)}
+        elif self.family in ("llama", "qwen3"):
+            holds["out_bias"] = (self.qkv_bias,)
+        return holds
+
+    def filled(self, *, vocab: int, heads: Sequence[str] = ("lm",)) -> Decoder:
+        """Return the config with the vocabulary's size, where it was left open.  A decoder has the head "lm" and no other."""
+        if set(heads) - {"lm"}:
+            raise IncompatibleError(_("a decoder has no head {heads}").format(heads=", ".join(sorted(set(heads) - {"lm"}))),
+                                    fix=_("set model.kind=encoder, or objective.kind=causal_lm"))
+        return self if self.vocab is not None else self.model_copy(update={"vocab": vocab})
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, cfg: Decoder) -> None:
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.norm1 = _norm(cfg)
+        self.attention = attention.Attention(
+            cfg.width, cfg.heads, kv_heads=cfg.kv_heads, head_width=cfg.head_width, qkv_bias=cfg.qkv_bias,
+            out_bias=cfg.out_bias, qk_norm=cfg.eps if cfg.qk_norm else None, dropout=cfg.attention_dropout)
+        self.norm2 = _norm(cfg)
+        self.mlp = MLP(cfg.width, cfg.hidden, activation=cfg.activation, gated=cfg.gated, bias=cfg.mlp_bias)
+
+    def forward(self, x: Tensor, see: attention.Sight, rotary: tuple[Tensor, Tensor] | None = None,
+                past: Past | None = None) -> Tensor:
+        """Return x [B, T, D] with what this block adds to it."""
+        x = x + F.dropout(self.attention(self.norm1(x), see, rotary=rotary, past=past), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+def _norm(cfg: Decoder) -> nn.Module:
+    if cfg.norm == "rms":
+        return RMSNorm(cfg.width, cfg.eps)
+    return nn.LayerNorm(cfg.width, cfg.eps, bias=cfg.norm_bias)
+
+
+class DecoderModel(nn.Module):
+    """A decoder with its weights.  Made by `models.build.build`, filled by `init` or by a folder."""
+
+    def __init__(self, cfg: Decoder) -> None:
+        super().__init__()
+        assert cfg.vocab is not None, "the vocabulary is filled in before the model is built"
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.position = nn.Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(cfg) for _layer in range(cfg.layers))
+        self.norm = _norm(cfg)
+        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
+        # No buffer: `to_empty` would leave it without content.
+        self.angles, self.sharpen = frequencies(cfg.head_width, cfg.rope_theta, cfg.scaling)
+
+    def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
+                types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
+                cache: Cache | None = None, last: bool = False) -> dict[str, Any]:
+        """Return {"logits" [B, T, V], "hidden" [B, T, D]}, or with labels [B, T] {"lm": Scores}.
+
+        ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  `last`: only the last token's
+        logits, [B, 1, V].  `types` is an encoder's and is not used.
+        """
+        x, sights, rotary = self._begin(ids, positions, segments, cache)
+        for i, block in enumerate(self.blocks):
+            past = None if cache is None else cache.layers[i]
+            x = block(x, sights[i < self.cfg.full_layers], rotary, past)
+        table = self.embed.weight if self.head is None else self.head.weight
+        if labels is None:
+            x = self.norm(x[:, -1:] if last else x)
+            return {"logits": head.logits(x, table), "hidden": x}
+        chosen = labels if weights is None else weights
+        index = head.learned(chosen, everything=weights is None)
+        x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
+        return {"lm": head.scores(x, table, labels, weights, index=index)}
+
+    def _begin(self, ids: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None,
+               ) -> tuple[Tensor, tuple[attention.Sight, attention.Sight], tuple[Tensor, Tensor] | None]:
+        """Return the embedded ids [B, T, D], what (windowed, full) layers see, and the rotary angles."""
+        assert cache is None or segments is None, "a cache holds one document a row"
+        cfg, tokens, past = self.cfg, ids.shape[1], 0 if cache is None else cache.length
+        if past + tokens > cfg.context:
+            raise IncompatibleError(
+                _("{n} tokens do not fit the model's context of {context}").format(n=past + tokens, context=cfg.context),
+                fix=_("shorten the text, or use a model with a longer context"))
+        if positions is None:
+            positions = torch.arange(past, past + tokens, device=ids.device)[None]      # [1, T]
+        x = self.embed(ids)
+        if self.position is not None:
+            x = x + self.position(positions)
+        x = F.dropout(x, cfg.dropout, self.training)
+        dtype = attention.working_dtype(self.embed.weight)
+        rotary = None if self.position is not None else turn(positions, self.angles, self.sharpen, dtype)
+        sights = []
+        for window in (cfg.window, None):
+            sights.append(attention.sight(tokens, causal=True, device=ids.device, dtype=dtype, window=window,
+                                          segments=segments, past=past))
+            if cfg.window is None or not cfg.full_layers:
+                break
+        return x, (sights[0], sights[-1]), rotary
+
+    def use(self, choice: Choice) -> Self:
+        """Compute by the paths of `choice` from now on."""
+        for block in self.blocks:
+            block.attention.path, block.mlp.path = choice.attention, choice.gelu    # type: ignore[union-attr, assignment]
+        return self
+
+    @torch.no_grad()
+    def init(self, seed: int) -> Self:
+        """Fill in random weights: normal, and in GPT-2 less for what is added to the residual stream (Radford et al., 2019).
+
+        Each weight has a generator of its own, by its name, so that it does not depend on layout or device.
+        """
+        for name, p in self.named_parameters():
+            module, _dot, kind = name.rpartition(".")
+            if "norm" in module:
+                p.fill_(1.0 if kind == "weight" else 0.0)
+            elif kind == "bias":
+                p.zero_()
+            else:
+                added = self.cfg.family == "gpt2" and module.endswith((".o", ".down"))
+                std = self.cfg.init_std / math.sqrt(2 * self.cfg.layers) if added else self.cfg.init_std
+                source = torch.Generator().manual_seed(chance.torch_seed(seed, f"init/{name}"))
+                p.copy_(torch.empty(p.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=source))
+        return self
+
+    def flops(self, length: int) -> float:
+        """Return the FLOPs of training on one token in rows of `length`: 6 a weight that multiplies, and attention in full."""
+        cfg = self.cfg
+        assert cfg.vocab is not None
+        attending = 2 * cfg.head_width * (cfg.heads + cfg.kv_heads) * cfg.width         # q and o, k and v
+        forward = (3 if cfg.gated else 2) * cfg.width * cfg.hidden
+        products = cfg.layers * (attending + forward) + cfg.vocab * cfg.width
+        return 6.0 * products + 12.0 * cfg.layers * cfg.heads * cfg.head_width * length
+
+
+def names(cfg: Decoder) -> Iterator[Name]:
+    """Yield the Hugging Face name of every weight."""
+    if cfg.family == "gpt2":
+        listed = _gpt2(cfg)
+    else:
+        listed = [Name(theirs, (ours,)) for ours, theirs in _LLAMA.items() if _has(cfg, ours)]
+        listed.append(Name("model.layers.{i}.self_attn.rotary_emb.inv_freq", ()))       # old files hold it
+    listed.append(Name("lm_head.weight", ("embed.weight" if cfg.tied else "head.weight",), copy=cfg.tied))
+    return rows(listed, cfg.layers)
+
+
+_LLAMA = {
+    "embed.weight": "model.embed_tokens.weight",
+    "blocks.{i}.norm1.weight": "model.layers.{i}.input_layernorm.weight",
+    **{f"blocks.{{i}}.attention.{x}.{kind}": f"model.layers.{{i}}.self_attn.{x}_proj.{kind}"
+       for x in "qkvo" for kind in ("weight", "bias")},
+    "blocks.{i}.attention.q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
+    "blocks.{i}.attention.k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
+    "blocks.{i}.norm2.weight": "model.layers.{i}.post_attention_layernorm.weight",
+    **{f"blocks.{{i}}.mlp.{x}.{kind}": f"model.layers.{{i}}.mlp.{x}_proj.{kind}"
+       for x in ("gate", "up", "down") for kind in ("weight", "bias")},
+    "norm.weight": "model.norm.weight",
+}
+
+
+def _has(cfg: Decoder, ours: str) -> bool:
+    if ours.endswith(".bias"):
+        part = ours.split(".")[-2]
+        return cfg.mlp_bias if "mlp" in ours else cfg.out_bias if part == "o" else cfg.qkv_bias
+    return cfg.qk_norm or not ours.endswith(("q_norm.weight", "k_norm.weight"))
+
+
+def _gpt2(cfg: Decoder) -> list[Name]:
+    """Return GPT-2's names: its projections are stored transposed, and queries, keys and values in one tensor."""
+    d, f = cfg.width, cfg.hidden
+    at, layer = "blocks.{i}.", "transformer.h.{i}."
+    listed = [Name("transformer.wte.weight", ("embed.weight",)), Name("transformer.wpe.weight", ("position.weight",))]
+    qkv = [f"{at}attention.{x}" for x in "qkv"]
+    for theirs, ours, biased, size in (("attn.c_attn", qkv, cfg.qkv_bias, 3 * d), ("mlp.c_fc", [f"{at}mlp.up"], cfg.mlp_bias, f),
+                                       ("attn.c_proj", [f"{at}attention.o"], cfg.out_bias, d),
+                                       ("mlp.c_proj", [f"{at}mlp.down"], cfg.mlp_bias, d)):
+        listed.append(Name(f"{layer}{theirs}.weight", tuple(f"{x}.weight" for x in ours), turned=True))
+        listed.append(_bias(f"{layer}{theirs}", ours, biased, size))
+    for theirs, norm in ((f"{layer}ln_1", f"{at}norm1"), (f"{layer}ln_2", f"{at}norm2"), ("transformer.ln_f", "norm")):
+        listed += [Name(f"{theirs}.weight", (f"{norm}.weight",)), _bias(theirs, [norm], cfg.norm_bias, d)]
+    return [*listed, Name(f"{layer}attn.bias", ()), Name(f"{layer}attn.masked_bias", ())]       # masks in old files
+
+
+def _bias(theirs: str, ours: list[str], biased: bool, size: int) -> Name:
+    """Return the name of a bias; where ours has none, theirs is zero."""
+    return Name(f"{theirs}.bias", tuple(f"{x}.bias" for x in ours) if biased else (), zeros=None if biased else (size,))
+
+
+def modern(cfg: Decoder, name: str) -> str:
+    """Return what `names` calls a tensor that a file of the bare model, without its head, calls `name`."""
+    prefix = "transformer." if cfg.family == "gpt2" else "model."
+    return name if name.startswith((prefix, "lm_head.")) else prefix + name

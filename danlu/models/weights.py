@@ -1,0 +1,212 @@
+"""Folders of weights as Hugging Face lays them out: config.json, safetensors in shards, and nothing that could run.
+
+What is written opens in `transformers` unchanged; what is read is checked to the last name and shape.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from danlu import files, tensorfile
+from danlu.errors import ConfigError, DataError, IncompatibleError, SecurityError
+from danlu.fault import fault
+from danlu.models import decoder, decoder_config, encoder, encoder_config, names
+from danlu.models.build import build
+from danlu.words import _
+
+Config = decoder.Decoder | encoder.Encoder
+SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+
+class _Family(NamedTuple):
+    """Where a model type's names and config.json are known."""
+
+    names: Callable[[Any], Iterator[names.Name]]
+    modern: Callable[[Any, str], str]
+    read: Callable[..., Any]
+    write: Callable[[Any], dict[str, Any]]
+
+
+_DECODER = _Family(decoder.names, decoder.modern, decoder_config.read, decoder_config.write)
+_ENCODER = _Family(encoder.names, encoder.modern, encoder_config.read, encoder_config.write)
+_TYPES = dict.fromkeys(decoder_config.ARCHITECTURES, _DECODER) | dict.fromkeys(encoder_config.CLASSES, _ENCODER)
+
+
+def _family(cfg: Config) -> _Family:
+    return _DECODER if isinstance(cfg, decoder.Decoder) else _ENCODER
+
+
+def to_hf(cfg: Config, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face's name, tensor) for every weight of `state` (our names); the inverse of `from_hf`, bit for bit."""
+    return names.to_hf(_family(cfg).names(cfg), state)
+
+
+def from_hf(cfg: Config, tensors: Mapping[str, Tensor], *, where: str | None = None) -> dict[str, Tensor]:
+    """Return the weights under our names.  Raises IncompatibleError that names a missing, left-over or misshapen one."""
+    family = _family(cfg)
+    shapes = {name: p.shape for name, p in build(cfg).state_dict().items()}
+    tensors = {family.modern(cfg, name): tensor for name, tensor in tensors.items()}
+    return names.from_hf(family.names(cfg), tensors, shapes, where=where)
+
+
+def read_config(folder: str | Path) -> Config:
+    """Return the config of the model in `folder`.  Raises ConfigError, DataError or IncompatibleError; runs no code."""
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise ConfigError(_("there is no such folder"), where=str(folder), fix=_("give the path of a folder with config.json"))
+    if not path.is_file():
+        raise ConfigError(_("the folder holds no config.json"), where=str(folder))
+    data = _json(path)
+    kind = data.get("model_type")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise IncompatibleError(_("the architecture {kind!r} is not known").format(kind=kind), where=str(path),
+                                fix=_("use one of {kinds}").format(kinds=", ".join(_TYPES)))
+    cfg: Config = _TYPES[kind].read(data, where=str(path))
+    return cfg
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Return every tensor of a folder's safetensors files, under Hugging Face's names, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for path, wanted in _shards(Path(folder)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = set(file.keys())
+                if wanted is not None and found != wanted:
+                    name = min(found ^ wanted)
+                    raise IncompatibleError(_("the index and the file do not agree on {name}").format(name=name), where=str(path))
+                tensors.update((name, file.get_tensor(name)) for name in file.keys())
+        except (SafetensorError, OSError) as error:
+            raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(path),
+                            fix=_("copy or download it again")) from None
+    return tensors
+
+
+def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
+    """Return the safetensors files and, where there is an index, the names each must hold."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = _json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
+            raise DataError(_("the index has no weight_map"), where=str(index))
+        wanted: dict[Path, set[str]] = {}
+        for name, file in listed.items():
+            path = files.inside(folder, file)
+            if path.suffix != ".safetensors" or path.parent != folder.resolve():
+                raise SecurityError(_("the name {name!r} leaves its folder").format(name=file), where=str(index))
+            wanted.setdefault(path, set()).add(name)
+        return list(wanted.items())
+    if single.is_file():
+        return [(single, None)]
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise SecurityError(
+            _("the weights in {file} are a format that can run code, and are not opened").format(file=pickles[0]),
+            where=str(folder), fix=_("use the model's safetensors files"))
+    raise ConfigError(_("the folder holds no model.safetensors"), where=str(folder))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = files.read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(path)) from None
+    if not isinstance(data, dict):
+        raise DataError(_("the file must hold keys and values"), where=str(path))
+    return data
+
+
+def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+         heads: Sequence[str] | None = None) -> nn.Module:
+    """Return the model of `folder` with its weights.  heads: only these (an encoder's); weights of others are left out."""
+    cfg = read_config(folder)
+    if heads is not None and isinstance(cfg, encoder.Encoder):
+        cfg = encoder.Encoder.model_validate(cfg.model_dump() | {"outputs": tuple(heads), "pooler": None})
+    elif heads is not None:
+        cfg = cfg.filled(vocab=cfg.vocab or 0, heads=heads)
+    state = from_hf(cfg, read_tensors(folder), where=str(folder))
+    model = build(cfg)
+    model.load_state_dict({name: t.to(device, dtype) for name, t in state.items()}, strict=True, assign=True)
+    return model
+
+
+def save(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None,
+         shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `model` as a new folder that `transformers` opens, whole or not at all.  Raises ConfigError if it exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ConfigError(_("the folder exists already"), where=str(folder), fix=_("choose another name, or remove it"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tensors = to_hf(model.cfg, model.state_dict())              # type: ignore[arg-type]
+    if dtype is not None:
+        tensors = ((name, t.to(dtype)) for name, t in tensors)
+    with files.appearing(folder) as temporary:
+        write_folder(temporary, model.cfg, tensors, tokenizer=tokenizer, shard_bytes=shard_bytes)   # type: ignore[arg-type]
+
+
+def write_folder(folder: Path, cfg: Config, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: Path | None = None,
+                 shard_bytes: int = SHARD_BYTES) -> dict[str, tensorfile.Written]:
+    """Write weights, config.json, generation_config.json and the tokenizer's files into an existing `folder`.
+
+    tensors: (Hugging Face's name, tensor), taken one after the other; no more than a shard of them is held.  Returns
+    size and hash of each file of weights.
+    """
+    shards: list[tuple[Path, list[str], tensorfile.Written]] = []
+    dtypes = set[torch.dtype]()
+    for number, shard in enumerate(_cut(tensors, shard_bytes)):
+        dtypes.update(t.dtype for t in shard.values())
+        path = folder / f".shard-{number}"
+        shards.append((path, list(shard), tensorfile.write(path, shard, metadata={"format": "pt"})))
+    single = len(shards) == 1
+    written, listed = {}, {}
+    for number, (path, held, record) in enumerate(shards):
+        name = "model.safetensors" if single else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        path.rename(folder / name)
+        written[name] = record
+        listed.update(dict.fromkeys(held, name))
+    if not single:
+        size = sum(record.bytes for record in written.values())
+        files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": listed})
+    fault("weights.before_config")
+    special = {} if tokenizer is None else _special(tokenizer)
+    dtype = {"torch_dtype": str(next(iter(dtypes))).removeprefix("torch.")} if len(dtypes) == 1 else {}
+    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **dtype, **special})
+    files.write_json(folder / "generation_config.json", special)
+    for name in TOKENIZER_FILES if tokenizer is not None else ():
+        assert tokenizer is not None
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+            files.flush(folder / name)
+    return written
+
+
+def _cut(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """Yield groups of tensors of at most `most` bytes; a larger tensor stands alone."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_ > most:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += bytes_
+    yield shard
+
+
+def _special(tokenizer: Path) -> dict[str, int | None]:
+    """Return the ids of the tokenizer's bos, eos and pad tokens, null where it has none, from its files."""
+    said = _json(tokenizer / "special_tokens_map.json") if (tokenizer / "special_tokens_map.json").is_file() else {}
+    ids = {t["content"]: t["id"] for t in _json(tokenizer / "tokenizer.json").get("added_tokens", [])}
+    tokens = {key: said.get(f"{key}_token") for key in ("bos", "eos", "pad")}
+    contents = {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()}
+    return {f"{key}_token_id": ids.get(content) for key, content in contents.items()}
