@@ -1,0 +1,264 @@
+"""Prepared data on disk: shards of documents under a manifest that knows their hashes.
+
+    DIR/manifest.json              what there is, from which inputs, under which fingerprint
+    DIR/{train,val,test}/00000.safetensors …
+        ids [tokens], weights [tokens] (optional), offsets [documents + 1]: document i is ids[offsets[i]:offsets[i + 1]]
+        one number per document in each further column: bytes (size as UTF-8), file (index in manifest["files"]), line …
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from danlu import files
+from danlu.data import mapped
+from danlu.errors import DataError
+from danlu.words import _
+
+SCHEMA = 1
+COLUMNS: Mapping[str, str] = {"bytes": "int32", "file": "int32", "line": "int64"}
+TOKENS = 1 << 25                # in a shard, before the next one begins
+DOCUMENTS = 1 << 20             # likewise
+BASIC = ("ids", "weights", "offsets")
+
+
+class Entry(NamedTuple):
+    """What the manifest says of one shard; `top` is the greatest id in it, -1 when there is none."""
+
+    file: str
+    sha256: str
+    bytes: int
+    documents: int
+    tokens: int
+    top: int
+
+
+class Document(NamedTuple):
+    """One document: ids [n], weights [n] or None for all 1, and its number in each column."""
+
+    ids: np.ndarray
+    weights: np.ndarray | None
+    columns: dict[str, int | float]
+
+
+class Writer:
+    """Turns documents into shards `folder/00000.safetensors …`; holds at most one shard in memory.
+
+    A shard is on disk, whole and durable, once its Entry stands in `entries`.  `first` numbers the first shard, for a
+    preparation that goes on where it stopped.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str, weights: str | None = None, columns: Mapping[str, str] = COLUMNS,
+                 tokens: int = TOKENS, first: int = 0) -> None:
+        if dtype not in ("uint16", "uint32") or weights not in (None, "float16", "uint8"):
+            raise ValueError(f"no shard has ids as {dtype} and weights as {weights}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.number, self.limit = folder, first, tokens
+        self.dtype, self.weights, self.columns = np.dtype(dtype), weights, dict(columns)
+        self.top = int(np.iinfo(self.dtype).max)
+        self.entries: list[Entry] = []
+        self._clear()
+
+    def add(self, ids: np.ndarray, *, weights: np.ndarray | None = None, **values: float) -> None:
+        """Append one document, with a value for each column.  Raises ValueError for what the shard cannot hold."""
+        if values.keys() != self.columns.keys() or (weights is None) != (self.weights is None):
+            raise ValueError(f"a document needs {sorted(self.columns)}, weights={self.weights}; got {sorted(values)}")
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= self.top:
+            raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit {self.dtype}")
+        if weights is not None:
+            kept = np.asarray(weights).astype(self.weights)
+            if kept.shape != np.shape(ids) or (self.weights == "uint8" and not np.array_equal(kept, weights)):
+                raise ValueError(f"{len(ids)} ids need as many weights that fit {self.weights}")
+            self._weights.append(kept)
+        self._ids.append(np.asarray(ids).astype(self.dtype))
+        for name, value in values.items():
+            self._values[name].append(value)    # type: ignore[arg-type]
+        self._size += len(ids)
+        self._sizes.append(len(ids))
+        if self._size >= self.limit or len(self._sizes) >= DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last shard as one; does nothing when that is nothing."""
+        if not self._sizes:
+            return
+        offsets = np.zeros(len(self._sizes) + 1, np.int64)
+        np.cumsum(np.frombuffer(self._sizes, np.int64), out=offsets[1:])
+        ids = np.concatenate(self._ids)
+        arrays = {"ids": ids, "offsets": offsets}
+        if self.weights:
+            arrays["weights"] = np.concatenate(self._weights)
+        for name, kind in self.columns.items():
+            wide = np.array(self._values[name])
+            arrays[name] = wide.astype(kind)
+            if np.dtype(kind).kind in "iu" and not np.array_equal(arrays[name], wide):
+                raise ValueError(f"column {name!r} does not fit {kind}")
+        name = f"{self.number:05d}.safetensors"
+        size, sha256 = mapped.write(self.folder / name, arrays)
+        top = int(ids.max()) if ids.size else -1
+        self.entries.append(Entry(f"{self.folder.name}/{name}", sha256, size, len(offsets) - 1, len(ids), top))
+        self.number += 1
+        self._clear()
+
+    def close(self) -> list[Entry]:
+        """Write the rest; return the entries of every shard written."""
+        self.flush()
+        return self.entries
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+
+    def _clear(self) -> None:
+        self._ids: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
+        self._sizes, self._size = array("q"), 0
+        self._values = {n: array("q" if np.dtype(k).kind in "iu" else "d") for n, k in self.columns.items()}
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write DIR/manifest.json, after which the prepared data is complete; return it with schema and fingerprint.
+
+    `content` has tokenizer (SHA-256), dtype, splits {name: [Entry …]}, files, inputs, counts and config.
+    """
+    splits = {name: [Entry(*entry)._asdict() for entry in entries] for name, entries in content["splits"].items()}
+    manifest = {"schema": SCHEMA, **content, "splits": splits}
+    manifest["fingerprint"] = fingerprint(manifest)
+    files.write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Return the hash over all that a manifest says, and so over every shard and input."""
+    return files.digest({key: value for key, value in manifest.items() if key != "fingerprint"})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return DIR/manifest.json.  Raises DataError when it is missing, unfinished, damaged or of another version."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        unfinished = (folder / "progress.json").exists()
+        raise DataError(
+            _("the preparation of this folder was not finished") if unfinished else _("there is no prepared data here"),
+            where=str(folder), fix=_("run `danlu prepare`; it goes on where it stopped"))
+    try:
+        manifest = files.read_json(path)
+        schema, own = manifest["schema"], manifest["fingerprint"]
+        if schema == SCHEMA and own == fingerprint(manifest) and {"tokenizer", "dtype", "files"} <= manifest.keys():
+            manifest["splits"] = {n: [Entry(**e) for e in entries] for n, entries in manifest["splits"].items()}
+            return dict(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(_("the manifest is damaged: {why}").format(why=error), where=str(path)) from None
+    if schema != SCHEMA:
+        raise DataError(_("the data was prepared by another version (schema {found}, needed {needed})").format(
+            found=schema, needed=SCHEMA), where=str(path), fix=_("run `danlu prepare` again"))
+    raise DataError(_("the manifest was changed: its fingerprint does not fit"), where=str(path),
+                    fix=_("run `danlu prepare` again"))
+
+
+class Shards:
+    """One split of prepared data, mapped into memory.  Sizes of files are always checked, hashes with `verify`."""
+
+    def __init__(self, folder: Path | str, split: str = "train", *, verify: bool = False) -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder)
+        if split not in self.manifest["splits"]:
+            raise DataError(_("there is no split {split!r}; there are {names}").format(
+                split=split, names=sorted(self.manifest["splits"])), where=str(self.folder))
+        self.entries: list[Entry] = self.manifest["splits"][split]
+        self._arrays = [self._open(entry) for entry in self.entries]
+        self._first = np.cumsum([0, *(entry.documents for entry in self.entries)]).tolist()
+        if verify:
+            self.verify()
+
+    @property
+    def documents(self) -> int:
+        """How many documents the split has."""
+        return sum(entry.documents for entry in self.entries)
+
+    @property
+    def tokens(self) -> int:
+        """How many ids the split has."""
+        return sum(entry.tokens for entry in self.entries)
+
+    @property
+    def top(self) -> int:
+        """The greatest id in the split, which a model's vocabulary must exceed; -1 when there is none."""
+        return max((entry.top for entry in self.entries), default=-1)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that every document has."""
+        return tuple(sorted(set.intersection(*(set(a) for a in self._arrays)) - set(BASIC))) if self._arrays else ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the whole prepared data and of the split's name."""
+        return files.digest([self.manifest["fingerprint"], self.split])
+
+    def verify(self) -> None:
+        """Raise DataError naming the first file whose content is not what was written."""
+        for entry in self.entries:
+            path = files.inside(self.folder, entry.file)
+            if files.sha256(path) != entry.sha256:
+                raise DataError(_("the file is damaged: its SHA-256 does not fit the manifest"), where=str(path),
+                                fix=_("delete the folder and run `danlu prepare` again"))
+
+    def lengths(self) -> np.ndarray:
+        """Return the number of ids of each document [documents] int64."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(arrays["offsets"]) for arrays in self._arrays)])
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a number for each document [documents]."""
+        return np.concatenate([arrays[name] for arrays in self._arrays])
+
+    def part(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the ids start:stop of a document, and their weights (None: all 1), as views of the file."""
+        shard = bisect_right(self._first, document) - 1
+        arrays = self._arrays[shard]
+        base = int(arrays["offsets"][document - self._first[shard]])
+        where, weights = slice(base + start, base + stop), arrays.get("weights")
+        return arrays["ids"][where], None if weights is None else weights[where]
+
+    def document(self, number: int) -> Document:
+        """Return document `number` (0-based, over all shards).  Raises IndexError when there is none."""
+        if not 0 <= number < self.documents:
+            raise IndexError(number)
+        shard = bisect_right(self._first, number) - 1
+        arrays, i = self._arrays[shard], number - self._first[shard]
+        ids, weights = self.part(number, 0, int(arrays["offsets"][i + 1] - arrays["offsets"][i]))
+        return Document(ids, weights, {name: arrays[name][i].item() for name in self.columns})
+
+    def where(self, number: int) -> str:
+        """Return "file:line" of the input that a document came from."""
+        columns = self.document(number).columns
+        return f"{self.manifest['files'][int(columns['file'])]}:{int(columns['line'])}"
+
+    def _open(self, entry: Entry) -> dict[str, np.ndarray]:
+        path = files.inside(self.folder, entry.file)
+        arrays = mapped.read(path, entry.bytes)
+        ids, offsets = arrays.get("ids"), arrays.get("offsets")
+        per_document = [a for name, a in arrays.items() if name not in BASIC]
+        good = (
+            ids is not None and ids.dtype == self.manifest["dtype"] and ids.shape == (entry.tokens,)
+            and offsets is not None and offsets.dtype == np.int64 and offsets.shape == (entry.documents + 1,)
+            and arrays.get("weights", ids).shape == ids.shape
+            and all(a.shape[:1] == (entry.documents,) for a in per_document)
+            and offsets[0] == 0 and offsets[-1] == entry.tokens and bool((np.diff(offsets) >= 0).all())
+        )
+        if not good:
+            raise DataError(_("the file is damaged: its arrays are not those that the manifest lists"), where=str(path),
+                            fix=_("delete the folder and run `danlu prepare` again"))
+        return arrays
