@@ -39,6 +39,11 @@ def arm(spec: str) -> None:
         _armed[name] = _Armed(action, int(visits or 1))
 
 
+def armed() -> str:
+    """Return what is still armed, as `arm` takes it, so that a child process can be armed alike."""
+    return ",".join(f"{name}:{point.action}:{point.visits_left}" for name, point in _armed.items())
+
+
 def fault(name: str) -> str | None:
     """Do what is armed at `name`; return the action for the caller to carry out when only it can (nan, bitflip …)."""
     armed = _armed.get(name)
