@@ -169,7 +169,8 @@ def _eval(parser: argparse.ArgumentParser) -> None:
 def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
     parser.add_argument("--prompt", default="", help=_("how the text begins; - reads it from stdin"))
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128, help=_("tokens to write"))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int,
+                        help=_("tokens to write (default: 128, or what the context has room for)"))
     parser.add_argument("--temperature", type=float, default=0.8, help=_("0 = always the likeliest"))
     parser.add_argument("--top-k", "--top_k", type=int, help=_("choose among the k likeliest"))
     parser.add_argument("--top-p", "--top_p", type=float, help=_("choose among the likeliest that make up p"))

@@ -130,13 +130,13 @@ def overlap(train: Sequence[Shards], held_out: Shards, *, most: int = 100_000) -
     first `most` are looked for.
     """
     looked_for: dict[bytes, int] = {}
-    for number in range(min(len(held_out), most)):
-        looked_for.setdefault(_hash(held_out.document(number)[0]), number)
+    for number in range(min(held_out.documents, most)):
+        looked_for.setdefault(_hash(held_out.document(number).ids), number)
     lengths = np.unique(held_out.lengths()[:most])
     found: set[int] = set()
     for shards in train:
         for number in np.flatnonzero(np.isin(shards.lengths(), lengths)):
-            same = looked_for.get(_hash(shards.document(int(number))[0]))
+            same = looked_for.get(_hash(shards.document(int(number)).ids))
             if same is not None:
                 found.add(same)
     return len(found), len(looked_for), sorted(found)[:5]
@@ -146,14 +146,14 @@ def _hash(ids: np.ndarray) -> bytes:
     return blake2b(np.ascontiguousarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
-def check_overlap(train: Sequence[Shards], held_out: Shards, *, share: float, name: str) -> float:
+def check_overlap(train: Sequence[Shards], held_out: Shards, *, share: float) -> float:
     """Return the share of evaluation documents that stand in the training data; raise DataError above `share`."""
     same, of, first = overlap(train, held_out)
     if same > share * of:
         raise DataError(
-            _("{same} of {of} evaluation documents stand in the training data (numbers {first} …)").format(
-                same=same, of=of, first=", ".join(map(str, first))),
-            where=name, fix=_("prepare again with dedup: exact, or allow it with guard.overlap"))
+            _("{same} of {of} evaluation documents stand in the training data: {first} …").format(
+                same=same, of=of, first=", ".join(held_out.where(number) for number in first)),
+            where=f"{held_out.folder}/{held_out.split}", fix=_("prepare again with dedup: exact, or allow it with guard.overlap"))
     return same / max(1, of)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu import chance, config, files, parallel
-from danlu.data.shards import Shards
+from danlu.data.shards import Shards, read_manifest
 from danlu.data.stream import Mixed, Stream
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import IncompatibleError, NumericError, ResourceError
@@ -85,7 +85,8 @@ def open_data(run: Run) -> Data:
 
     train = [opened(source) for source in run.data]
     held_out = [opened(source) for source in run.eval] or [
-        opened(s.model_copy(update={"split": "val"})) for s in run.data if Shards.has(s.path, "val")]
+        opened(s.model_copy(update={"split": "val"})) for s in run.data if "val" in read_manifest(s.path)["splits"]]
+    held_out = [shards for shards in held_out if shards.documents]
     folders = {str(s.path): Tokenizer.load(s.path / "tokenizer") for s in (*run.data, *run.eval)}
     hashes = {t.sha256 for t in folders.values()}
     if len(hashes) > 1:
@@ -108,9 +109,10 @@ def settle(run: Run, data: Data, device: torch.device, found: Path | None) -> tu
     elif run.model is not None:
         model = run.model.filled(vocab=special.size, heads=run.objective.heads)
         changes["model"] = model
-    if model.vocab < special.size:
+    top = max(shards.top for shards in (*data.train, *data.held_out))
+    if model.vocab < special.size or model.vocab <= top:
         raise IncompatibleError(
-            _("the tokenizer has {n} ids and the model {m}").format(n=special.size, m=model.vocab),
+            _("the tokenizer has {n} ids and the model {m}").format(n=max(special.size, top + 1), m=model.vocab),
             fix=_("set model.vocab={n}, or use the tokenizer the model was trained with").format(n=special.size))
     before = files.read_json(found / "manifest.json") if found else {}
     if run.precision == "auto":
@@ -200,8 +202,8 @@ def begin(run: Run, work: Work, data: Data, metrics: Metrics, choice: paths.Choi
     parameters = sum(p.numel() for p in work.model.parameters())
     shared = {}
     for shards in data.held_out:
-        shared[shards.name] = guard.check_overlap(data.train, shards, share=run.guard.overlap, name=shards.name)
-    receipt.begin(run, data_records=[s.record() for s in (*data.train, *data.held_out)], tokenizer=data.tokenizer.sha256,
+        shared[str(shards.folder / shards.split)] = guard.check_overlap(data.train, shards, share=run.guard.overlap)
+    receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.held_out)], tokenizer=data.tokenizer.sha256,
                   parameters=parameters, choice=choice.record(), audit={"overlap": shared, "rows": work.rows.counts})
     say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "
           "{threads} threads").format(
@@ -211,6 +213,12 @@ def begin(run: Run, work: Work, data: Data, metrics: Metrics, choice: paths.Choi
     if lost["split"] or lost["dropped"] or lost["cut"]:
         say(_("documents longer than a row: {split} split, {dropped} dropped, {cut} cut; {tokens} tokens are not learned "
               "from").format(split=lost["split"], dropped=lost["dropped"], cut=lost["cut"], tokens=lost["tokens_lost"]))
+
+
+def record(shards: Shards) -> dict[str, Any]:
+    """Return what the receipt says of one part of the data."""
+    return {"path": str(shards.folder), "split": shards.split, "documents": shards.documents, "tokens": shards.tokens,
+            "fingerprint": shards.fingerprint}
 
 
 def held_out(run: Run, work: Work, data: Data) -> Loss | None:
@@ -225,7 +233,7 @@ def held_out(run: Run, work: Work, data: Data) -> Loss | None:
         steps = Steps(rows, run.objective, data.tokenizer.special, per_step=min(number, max(1, run.step_rows // run.layout.micro)),
                       length=run.length, seed=0, position=rows.begin(), rows_in_all=number)
         parts.append(measure(work.model, run.objective, (work.engine.to_device(b) for b, _after in steps),
-                             work.engine.sums, bytes=shards.bytes if rows.counts["tokens_lost"] == 0 else 0))
+                             work.engine.sums, bytes=int(shards.column("bytes").sum()) if rows.counts["tokens_lost"] == 0 else 0))
     return Loss(parts[0].terms, parts[0].scales, torch.cat([p.sums for p in parts]), torch.cat([p.counts for p in parts]),
                 sum(p.bytes for p in parts) if all(p.bytes for p in parts) else 0)
 
@@ -261,7 +269,7 @@ def show_sample(run: Run, work: Work, data: Data, most: int = 48) -> None:
     """Print a short text that the model writes."""
     if run.model.kind != "decoder" or not data.held_out:
         return
-    prompt = data.held_out[0].document(0)[0][:8].tolist()
+    prompt = data.held_out[0].document(0).ids[:8].tolist()
     work.model.eval()
     out = list(generate(work.model, prompt, max_new_tokens=min(most, run.length - len(prompt)), temperature=0.8, top_k=50,
                         seed=work.progress.step))
