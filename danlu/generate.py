@@ -18,9 +18,10 @@ from danlu.nn.cache import Cache
 from danlu.words import _
 
 
-def generate(model: DecoderModel, ids: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, repetition_penalty: float = 1.0, stop: tuple[Sequence[int], ...] = (),
-             eos: int | Sequence[int] | None = None, seed: int = 0) -> Iterator[int]:
+def generate(model: DecoderModel, ids: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+             stop: tuple[Sequence[int], ...] = (), eos: int | Sequence[int] | None = None,
+             seed: int = 0) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue `ids`, each as soon as it is known.
 
     temperature 0 takes the likeliest.  Ends before an `eos` id (which is not yielded) and after a sequence of `stop`.
@@ -28,7 +29,7 @@ def generate(model: DecoderModel, ids: Sequence[int], *, max_new_tokens: int, te
     penalty, temperature, top_k, top_p.  Raises ConfigError, at once, for impossible values and where prompt and new
     tokens do not fit the context: nothing is ever dropped from the prompt behind the caller's back.
     """
-    _check(ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    _check(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, penalty=repetition_penalty)
     limit = model.cfg.context
     if len(ids) + max_new_tokens > limit:
         raise ConfigError(
@@ -36,12 +37,15 @@ def generate(model: DecoderModel, ids: Sequence[int], *, max_new_tokens: int, te
                 n=len(ids), m=max_new_tokens, limit=limit),
             fix=_("ask for at most {n} new tokens, or shorten the prompt").format(n=max(0, limit - len(ids))))
     ends = frozenset([eos] if isinstance(eos, int) else eos or ())
-    return _generate(model, list(ids), max_new_tokens, lambda logits, read, number: choose(
-        logits, read, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-        seed=seed, number=number), tuple(map(tuple, stop)), ends)
+
+    def pick(logits: Tensor, read: list[int], number: int) -> int:
+        return choose(logits, read, temperature=temperature, top_k=top_k, top_p=top_p,
+                      repetition_penalty=repetition_penalty, seed=seed, number=number)
+
+    return _generate(model, list(ids), max_new_tokens, pick=pick, stop=tuple(map(tuple, stop)), ends=ends)
 
 
-def _generate(model: DecoderModel, ids: list[int], most: int, pick: Callable[[Tensor, list[int], int], int],
+def _generate(model: DecoderModel, ids: list[int], most: int, *, pick: Callable[[Tensor, list[int], int], int],
               stop: tuple[tuple[int, ...], ...], ends: frozenset[int]) -> Iterator[int]:
     assert not model.training, "dropout would blur the text: call model.eval() first"
     cache = Cache(model.cfg.layers, model.cfg.context)
@@ -75,7 +79,7 @@ def choose(logits: Tensor, read: Sequence[int], *, temperature: float, top_k: in
 
 
 def penalise(logits: Tensor, read: Sequence[int], penalty: float) -> Tensor:
-    """Return logits [V], those of ids in `read` divided by `penalty`, or multiplied if negative (Keskar et al., 2019)."""
+    """Return logits [V], those of ids in `read` divided by `penalty`, or multiplied if negative (Keskar, 2019)."""
     if penalty == 1.0:
         return logits
     seen = torch.tensor(sorted(set(read)), device=logits.device)
@@ -91,7 +95,7 @@ def keep_best(logits: Tensor, k: int | None) -> Tensor:
 
 
 def keep_probable(logits: Tensor, p: float | None) -> Tensor:
-    """Return logits [V] with all at -inf but the fewest likeliest ids that hold probability p (Holtzman et al., 2020)."""
+    """Return logits [V] with all at -inf but the fewest likeliest ids that hold probability p (Holtzman, 2020)."""
     if p is None or p >= 1.0:
         return logits
     values, order = logits.sort()                               # least likely first
@@ -123,9 +127,9 @@ def text(ids: Iterable[int], decode: Callable[[Sequence[int]], str], *, stop: Se
 def _characters(ids: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
     """Yield text that ends at character borders.
 
-    A token of a byte-level tokenizer may hold some bytes of a character; `decode` then ends in U+FFFD and the piece waits
-    for the tokens that complete it, or for the end.  Each piece is decoded after the one before it, because tokenizers
-    join tokens by what stands before them, and no further back, so that the cost does not grow.
+    A token of a byte-level tokenizer may hold some bytes of a character; `decode` then ends in U+FFFD and the piece
+    waits for the tokens that complete it, or for the end.  Each piece is decoded after the one before it, because
+    tokenizers join tokens by what stands before them; no further back, so that the cost does not grow.
     """
     held: list[int] = []
     start, told = 0, 0                                          # held[start:told] is the piece before, already yielded
@@ -140,8 +144,8 @@ def _characters(ids: Iterable[int], decode: Callable[[Sequence[int]], str]) -> I
         yield rest
 
 
-def _check(ids: Sequence[int], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,  # noqa: PLR0917
-           repetition_penalty: float) -> None:
+def _check(ids: Sequence[int], max_new_tokens: int, *, temperature: float, top_k: int | None, top_p: float | None,
+           penalty: float) -> None:
     """Raise ConfigError that tells every impossible value."""
     wrong = [text for bad, text in (
         (not len(ids), _("the prompt is empty")),
@@ -149,7 +153,7 @@ def _check(ids: Sequence[int], max_new_tokens: int, temperature: float, top_k: i
         (not 0 <= temperature < math.inf, _("temperature must be 0 or more")),
         (top_k is not None and top_k < 1, _("top_k must be at least 1")),
         (top_p is not None and not 0 < top_p <= 1, _("top_p must be above 0 and at most 1")),
-        (not 0 < repetition_penalty < math.inf, _("repetition_penalty must be above 0")),
+        (not 0 < penalty < math.inf, _("repetition_penalty must be above 0")),
     ) if bad]
     if wrong:
         raise ConfigError("; ".join(wrong))

@@ -69,8 +69,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                   "context": 8192, "rope_theta": 5e5},
     "llama3.1-8b": {"family": "llama", "width": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "hidden": 14336,
                     "context": 131072, "rope_theta": 5e5, "scaling": _LLAMA3},
-    "llama3.2-1b": {"family": "llama", "width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "hidden": 8192, "tied": True,
-                    "context": 131072, "rope_theta": 5e5, "scaling": {**_LLAMA3, "factor": 32.0}},
+    "llama3.2-1b": {"family": "llama", "width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "hidden": 8192,
+                    "tied": True, "context": 131072, "rope_theta": 5e5, "scaling": {**_LLAMA3, "factor": 32.0}},
     "qwen2.5-0.5b": {"family": "qwen2", "width": 896, "layers": 24, "heads": 14, "kv_heads": 2, "hidden": 4864,
                      "context": 32768, "tied": True},
     "qwen2.5-7b": {"family": "qwen2", "width": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "hidden": 18944,
@@ -87,7 +87,7 @@ TP = {"q": "col", "k": "col", "v": "col", "o": "row", "up": "col", "gate": "col"
 
 
 class Decoder(Model):
-    """The shape of a decoder.  Every field is filled in: given, or by the preset, or by the family, or by other fields."""
+    """The shape of a decoder.  Every field is filled in: given, or by the preset, the family or other fields."""
 
     kind: Literal["decoder"] = "decoder"
     family: Family = Field("llama", description="The Hugging Face layout that the model is written in.")
@@ -113,10 +113,10 @@ class Decoder(Model):
     norm_bias: bool = Field(False, description="Biases in layer norms.")
     qk_norm: bool = Field(False, description="Normalise queries and keys.")
     tied: bool = Field(False, description="The head shares the token embedding's weights.")
-    window: int | None = Field(None, gt=0, description="Tokens that a token sees, itself included; empty: all before it.")
+    window: int | None = Field(None, gt=0, description="Tokens that a token sees, itself included; empty: all.")
     full_layers: int = Field(0, ge=0, description="First layers that see everything in spite of window.")
     dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False,
-                           description="Share of activations dropped in training after embedding and each half of a block.")
+                           description="Share dropped in training after the embedding and each half of a block.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False,
                                      description="Share of attention probabilities dropped in training.")
     init_std: float = Field(0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the first weights.")
@@ -128,8 +128,9 @@ class Decoder(Model):
             return handler(given)
         name = given.get("preset")
         if name is not None and name not in PRESETS:
-            raise ValueError(_("there is no preset {name!r}; there are {names}").format(name=name, names=", ".join(PRESETS)))
-        sized = PRESETS.get(name, {}) | given
+            raise ValueError(
+                _("there is no preset {name!r}; there are {names}").format(name=name, names=", ".join(PRESETS)))
+        sized = PRESETS.get(str(name), {}) | given
         made = handler(FAMILIES.get(str(sized.get("family", "llama")), {}) | sized)
         object.__setattr__(made, "__pydantic_fields_set__", set(given))     # so that a written recipe stays as short
         return made
@@ -149,7 +150,8 @@ class Decoder(Model):
         if self.position == "rotary" and self.head_width % 2:
             problems.append(_("position=rotary needs an even head_width, not {n}").format(n=self.head_width))
         if self.full_layers > self.layers:
-            problems.append(_("full_layers={n} is more than layers={layers}").format(n=self.full_layers, layers=self.layers))
+            problems.append(
+                _("full_layers={n} is more than layers={layers}").format(n=self.full_layers, layers=self.layers))
         problems += [_("family={family} cannot hold {field}={value}; it takes {allowed}").format(
                          family=self.family, field=field, value=getattr(self, field), allowed=allowed[0])
                      for field, allowed in self._holds().items() if getattr(self, field) not in allowed]
@@ -167,9 +169,10 @@ class Decoder(Model):
         return holds
 
     def filled(self, *, vocab: int, heads: Sequence[str] = ("lm",)) -> Decoder:
-        """Return the config with the vocabulary's size, where it was left open.  A decoder has the head "lm" and no other."""
-        if set(heads) - {"lm"}:
-            raise IncompatibleError(_("a decoder has no head {heads}").format(heads=", ".join(sorted(set(heads) - {"lm"}))),
+        """Return the config with the vocabulary's size, where it was left open.  A decoder has the head "lm" alone."""
+        unknown = set(heads) - {"lm"}
+        if unknown:
+            raise IncompatibleError(_("a decoder has no head {heads}").format(heads=", ".join(sorted(unknown))),
                                     fix=_("set model.kind=encoder, or objective.kind=causal_lm"))
         return self if self.vocab is not None else self.model_copy(update={"vocab": vocab})
 
@@ -243,7 +246,8 @@ class DecoderModel(nn.Module):
         cfg, tokens, past = self.cfg, ids.shape[1], 0 if cache is None else cache.length
         if past + tokens > cfg.context:
             raise IncompatibleError(
-                _("{n} tokens do not fit the model's context of {context}").format(n=past + tokens, context=cfg.context),
+                _("{n} tokens do not fit the model's context of {context}").format(
+                    n=past + tokens, context=cfg.context),
                 fix=_("shorten the text, or use a model with a longer context"))
         if positions is None:
             positions = torch.arange(past, past + tokens, device=ids.device)[None]      # [1, T]
@@ -264,12 +268,12 @@ class DecoderModel(nn.Module):
     def use(self, choice: Choice) -> Self:
         """Compute by the paths of `choice` from now on."""
         for block in self.blocks:
-            block.attention.path, block.mlp.path = choice.attention, choice.gelu    # type: ignore[union-attr, assignment]
+            block.attention.path, block.mlp.path = choice.attention, choice.gelu    # type: ignore[union-attr]
         return self
 
     @torch.no_grad()
     def init(self, seed: int) -> Self:
-        """Fill in random weights: normal, and in GPT-2 less for what is added to the residual stream (Radford et al., 2019).
+        """Fill in random weights: normal, and in GPT-2 smaller where added to the residual stream (Radford, 2019).
 
         Each weight has a generator of its own, by its name, so that it does not depend on layout or device.
         """
@@ -287,7 +291,7 @@ class DecoderModel(nn.Module):
         return self
 
     def flops(self, length: int) -> float:
-        """Return the FLOPs of training on one token in rows of `length`: 6 a weight that multiplies, and attention in full."""
+        """Return the FLOPs of training on one token in rows of `length`: 6 for each weight; attention in full."""
         cfg = self.cfg
         assert cfg.vocab is not None
         attending = 2 * cfg.head_width * (cfg.heads + cfg.kv_heads) * cfg.width         # q and o, k and v
@@ -334,9 +338,10 @@ def _gpt2(cfg: Decoder) -> list[Name]:
     at, layer = "blocks.{i}.", "transformer.h.{i}."
     listed = [Name("transformer.wte.weight", ("embed.weight",)), Name("transformer.wpe.weight", ("position.weight",))]
     qkv = [f"{at}attention.{x}" for x in "qkv"]
-    for theirs, ours, biased, size in (("attn.c_attn", qkv, cfg.qkv_bias, 3 * d), ("mlp.c_fc", [f"{at}mlp.up"], cfg.mlp_bias, f),
-                                       ("attn.c_proj", [f"{at}attention.o"], cfg.out_bias, d),
-                                       ("mlp.c_proj", [f"{at}mlp.down"], cfg.mlp_bias, d)):
+    for theirs, ours, biased, size in (
+        ("attn.c_attn", qkv, cfg.qkv_bias, 3 * d), ("attn.c_proj", [f"{at}attention.o"], cfg.out_bias, d),
+        ("mlp.c_fc", [f"{at}mlp.up"], cfg.mlp_bias, f), ("mlp.c_proj", [f"{at}mlp.down"], cfg.mlp_bias, d),
+    ):
         listed.append(Name(f"{layer}{theirs}.weight", tuple(f"{x}.weight" for x in ours), turned=True))
         listed.append(_bias(f"{layer}{theirs}", ours, biased, size))
     for theirs, norm in ((f"{layer}ln_1", f"{at}norm1"), (f"{layer}ln_2", f"{at}norm2"), ("transformer.ln_f", "norm")):

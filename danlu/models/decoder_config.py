@@ -1,7 +1,7 @@
 """config.json of decoder families: read by closed tables into a Decoder, and written so that transformers opens it.
 
-Nothing of `transformers` is asked, no code is loaded, and a key that no table names is refused: it might change what the
-model computes.
+Nothing of `transformers` is asked, no code is loaded, and a key that no table names is refused: it might change what
+the model computes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2"
 
 _COMMON = {"vocab_size": "vocab", "tie_word_embeddings": "tied", "initializer_range": "init_std"}
 _LLAMA = _COMMON | {
-    "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
-    "head_dim": "head_width", "intermediate_size": "hidden", "max_position_embeddings": "context", "rms_norm_eps": "eps",
-    "hidden_act": "activation", "attention_dropout": "attention_dropout",
+    "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads", "head_dim": "head_width", "intermediate_size": "hidden",
+    "max_position_embeddings": "context", "rms_norm_eps": "eps", "hidden_act": "activation",
+    "attention_dropout": "attention_dropout",
 }
 FIELDS: dict[str, dict[str, str]] = {           # their key -> our field
     "gpt2": _COMMON | {
@@ -57,30 +58,33 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Keys that must say this, because the model computes nothing else.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False, True),
-    "add_cross_attention": (False,), "is_encoder_decoder": (False,), "is_decoder": (False, True), "pruned_heads": ({}, None),
-    "partial_rotary_factor": (1.0, None), "quantization_config": (None,), "auto_map": (None,),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False, True), "add_cross_attention": (False,), "is_encoder_decoder": (False,),
+    "is_decoder": (False, True), "pruned_heads": ({}, None), "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,), "auto_map": (None,),
 }
 
 # Keys that change no logit.
 HARMLESS = frozenset({
-    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "name_or_path",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "pretraining_tp",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx",
-    "task_specific_params", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "tokenizer_class", "prefix",
-    "return_dict", "output_hidden_states", "output_attentions", "return_dict_in_generate", "output_scores", "max_length",
-    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
-    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "bad_words_ids", "num_return_sequences", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
-    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "torchscript", "use_bfloat16", "tf_legacy_loss",
-    "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size", "gradient_checkpointing",
-    "predict_special_tokens", "attn_implementation", "_attn_implementation", "original_max_position_embeddings",
+    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path",
+    "name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
+    "decoder_start_token_id", "pretraining_tp", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "n_ctx", "task_specific_params", "id2label", "label2id",
+    "num_labels", "problem_type", "finetuning_task", "tokenizer_class", "prefix", "return_dict",
+    "output_hidden_states", "output_attentions", "return_dict_in_generate", "output_scores", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
+    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward",
+    "tie_encoder_decoder", "cross_attention_hidden_size", "gradient_checkpointing", "predict_special_tokens",
+    "attn_implementation", "_attn_implementation", "original_max_position_embeddings",
 })
 _OWN = ("dropout", "qkv_bias", "out_bias", "mlp_bias", "norm_bias")     # ours that their config.json has no word for
 _WINDOWED = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "swish": "silu",
-                "relu": "relu", "relu2": "relu2"}
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu",
+                "swish": "silu", "relu": "relu", "relu2": "relu2"}
 _THEIR_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu", "relu2": "relu2"}
 
 
@@ -93,7 +97,8 @@ def read(data: Mapping[str, Any], *, where: str) -> Decoder:
               if theirs in told and (told[theirs] is not None or ours == "window")}
     activation = _ACTIVATIONS.get(str(fields.get("activation", "silu")))
     if activation is None:
-        raise IncompatibleError(_("the activation {name!r} is not known").format(name=fields["activation"]), where=where)
+        raise IncompatibleError(_("the activation {name!r} is not known").format(name=fields["activation"]),
+                                where=where)
     fields |= {"family": family, "activation": activation}
     if family == "gpt2":
         if told["embd_pdrop"] != told["resid_pdrop"]:
@@ -143,8 +148,9 @@ def _check_keys(family: str, data: Mapping[str, Any], where: str) -> None:
         if key in FIXED and value not in FIXED[key]:
             raise IncompatibleError(_("{key}={value} is not supported").format(key=key, value=value), where=where)
         if key not in known and key not in FIXED:
-            raise IncompatibleError(_("the setting {key} of a {family} model is not known").format(key=key, family=family),
-                                    where=where, fix=_("remove it if it does not change what the model computes"))
+            raise IncompatibleError(
+                _("the setting {key} of a {family} model is not known").format(key=key, family=family), where=where,
+                fix=_("remove it if it does not change what the model computes"))
     own = data.get("danlu", {})
     strange = own.keys() - set(_OWN) if isinstance(own, dict) else {"…"}
     if strange:
@@ -158,8 +164,10 @@ def _read_rope(told: Mapping[str, Any], where: str) -> dict[str, Any]:
     theta = rope.pop("rope_theta", told.get("rope_theta", 10000.0))
     kind = str(rope.pop("rope_type", rope.get("type", "default")))
     rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise IncompatibleError(_("{key}={value} is not supported").format(key="partial_rotary_factor", value="…"), where=where)
+    share = rope.pop("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        raise IncompatibleError(
+            _("{key}={value} is not supported").format(key="partial_rotary_factor", value=share), where=where)
     if kind == "default":
         return {"rope_theta": theta}
     table = {
@@ -171,7 +179,8 @@ def _read_rope(told: Mapping[str, Any], where: str) -> dict[str, Any]:
     }.get(kind)
     if table is None or rope.keys() - table.keys():
         raise IncompatibleError(
-            _("the rotary scaling {kind} with {keys} is not known").format(kind=kind, keys=", ".join(sorted(rope))), where=where)
+            _("the rotary scaling {kind} with {keys} is not known").format(kind=kind, keys=", ".join(sorted(rope))),
+            where=where)
     scaling = {table[key]: value for key, value in rope.items() if value is not None}
     if "original" in table.values():
         scaling.setdefault("original", told["max_position_embeddings"])
@@ -203,6 +212,8 @@ def _read_windows(told: Mapping[str, Any], where: str) -> dict[str, Any]:
     kinds = told.get("layer_types")
     if isinstance(kinds, list):
         full = next((i for i, kind in enumerate(kinds) if kind != "full_attention"), layers)
-        if kinds != ["full_attention"] * full + ["sliding_attention"] * (layers - full) or (full < layers and not sliding):
-            raise IncompatibleError(_("these layer_types are not known: full layers must come before sliding ones"), where=where)
+        ordered = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+        if kinds != ordered or (full < layers and not sliding):
+            raise IncompatibleError(
+                _("these layer_types are not known: full layers must come before sliding ones"), where=where)
     return {"window": window, "full_layers": full} if full < layers else {"window": None}

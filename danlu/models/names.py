@@ -37,7 +37,7 @@ def rows(names: Iterable[Name], layers: int) -> Iterator[Name]:
 
 
 def to_hf(names: Iterable[Name], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (their name, tensor), mostly views, one at a time.  Raises IncompatibleError if one of ours is missing or left over."""
+    """Yield (their name, tensor), mostly views, one at a time.  IncompatibleError: one is missing or left over."""
     rest = set(state)
     for name in names:
         if name.copy or not (name.ours or name.zeros):
@@ -78,13 +78,15 @@ def from_hf(names: Iterable[Name], tensors: Mapping[str, Tensor], shapes: Mappin
         tensor = tensors[name.theirs]
         if name.zeros is not None and tensor.count_nonzero():
             raise IncompatibleError(
-                _("the weight {name} is not zero, but config.json says that the model has none").format(name=name.theirs),
+                _("the weight {name} is not zero, but config.json says that the model has none").format(
+                    name=name.theirs),
                 where=where, fix=_("remove the `danlu` entry from config.json"))
         if name.ours:
             state.update(_parts(name, tensor, shapes, where))
     if rest:
-        raise IncompatibleError(_("the weight {name} belongs to nothing in this model").format(name=min(rest)), where=where,
-                                fix=_("check that config.json and the weights belong together"))
+        raise IncompatibleError(
+            _("the weight {name} belongs to nothing in this model").format(name=min(rest)), where=where,
+            fix=_("check that config.json and the weights belong together"))
     for name in copies:
         if not torch.equal(tensors[name.theirs], state[name.ours[0]]):
             raise IncompatibleError(
@@ -96,7 +98,8 @@ def from_hf(names: Iterable[Name], tensors: Mapping[str, Tensor], shapes: Mappin
     return state
 
 
-def _parts(name: Name, tensor: Tensor, shapes: Mapping[str, torch.Size], where: str | None) -> Iterator[tuple[str, Tensor]]:
+def _parts(name: Name, tensor: Tensor, shapes: Mapping[str, torch.Size],
+           where: str | None) -> Iterator[tuple[str, Tensor]]:
     tensor = tensor.mT if name.turned else tensor
     wanted = [shapes[ours] for ours in name.ours]
     whole = (sum(shape[0] for shape in wanted), *wanted[0][1:])
@@ -104,5 +107,5 @@ def _parts(name: Name, tensor: Tensor, shapes: Mapping[str, torch.Size], where: 
         raise IncompatibleError(
             _("the weight {name} has shape {found}, and config.json asks for {wanted}").format(
                 name=name.theirs, found=tuple(tensor.shape), wanted=whole[::-1] if name.turned else whole), where=where)
-    for ours, part in zip(name.ours, tensor.split([shape[0] for shape in wanted]), strict=True):
+    for ours, part in zip(name.ours, torch.split(tensor, [shape[0] for shape in wanted]), strict=True):
         yield ours, part.contiguous()

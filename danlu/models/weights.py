@@ -38,7 +38,7 @@ class _Family(NamedTuple):
 
 _DECODER = _Family(decoder.names, decoder.modern, decoder_config.read, decoder_config.write)
 _ENCODER = _Family(encoder.names, encoder.modern, encoder_config.read, encoder_config.write)
-_TYPES = dict.fromkeys(decoder_config.ARCHITECTURES, _DECODER) | dict.fromkeys(encoder_config.CLASSES, _ENCODER)
+_TYPES = dict.fromkeys(decoder.FAMILIES, _DECODER) | dict.fromkeys(encoder.FAMILIES, _ENCODER)
 
 
 def _family(cfg: Config) -> _Family:
@@ -46,12 +46,12 @@ def _family(cfg: Config) -> _Family:
 
 
 def to_hf(cfg: Config, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face's name, tensor) for every weight of `state` (our names); the inverse of `from_hf`, bit for bit."""
+    """Yield (Hugging Face's name, tensor) for all of `state` (our names): the inverse of `from_hf`, bit for bit."""
     return names.to_hf(_family(cfg).names(cfg), state)
 
 
 def from_hf(cfg: Config, tensors: Mapping[str, Tensor], *, where: str | None = None) -> dict[str, Tensor]:
-    """Return the weights under our names.  Raises IncompatibleError that names a missing, left-over or misshapen one."""
+    """Return the weights under our names.  IncompatibleError names a missing, left-over or misshapen one."""
     family = _family(cfg)
     shapes = {name: p.shape for name, p in build(cfg).state_dict().items()}
     tensors = {family.modern(cfg, name): tensor for name, tensor in tensors.items()}
@@ -62,7 +62,8 @@ def read_config(folder: str | Path) -> Config:
     """Return the config of the model in `folder`.  Raises ConfigError, DataError or IncompatibleError; runs no code."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise ConfigError(_("there is no such folder"), where=str(folder), fix=_("give the path of a folder with config.json"))
+        raise ConfigError(_("there is no such folder"), where=str(folder),
+                          fix=_("give the path of a folder with config.json"))
     if not path.is_file():
         raise ConfigError(_("the folder holds no config.json"), where=str(folder))
     data = _json(path)
@@ -83,8 +84,9 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
                 found = set(file.keys())
                 if wanted is not None and found != wanted:
                     name = min(found ^ wanted)
-                    raise IncompatibleError(_("the index and the file do not agree on {name}").format(name=name), where=str(path))
-                tensors.update((name, file.get_tensor(name)) for name in file.keys())
+                    raise IncompatibleError(
+                        _("the index and the file do not agree on {name}").format(name=name), where=str(path))
+                tensors.update((name, file.get_tensor(name)) for name in sorted(found))
         except (SafetensorError, OSError) as error:
             raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(path),
                             fix=_("copy or download it again")) from None
@@ -127,7 +129,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
          heads: Sequence[str] | None = None) -> nn.Module:
-    """Return the model of `folder` with its weights.  heads: only these (an encoder's); weights of others are left out."""
+    """Return the model of `folder` with its weights.  heads: an encoder's, if only these; others are left out."""
     cfg = read_config(folder)
     if heads is not None and isinstance(cfg, encoder.Encoder):
         cfg = encoder.Encoder.model_validate(cfg.model_dump() | {"outputs": tuple(heads), "pooler": None})
@@ -141,16 +143,17 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
 
 def save(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None,
          shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model` as a new folder that `transformers` opens, whole or not at all.  Raises ConfigError if it exists."""
+    """Write `model` as a new folder that `transformers` opens, whole or not at all.  ConfigError if it exists."""
     folder = Path(folder)
     if folder.exists():
         raise ConfigError(_("the folder exists already"), where=str(folder), fix=_("choose another name, or remove it"))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tensors = to_hf(model.cfg, model.state_dict())              # type: ignore[arg-type]
+    cfg: Any = model.cfg
+    tensors = to_hf(cfg, model.state_dict())
     if dtype is not None:
         tensors = ((name, t.to(dtype)) for name, t in tensors)
     with files.appearing(folder) as temporary:
-        write_folder(temporary, model.cfg, tensors, tokenizer=tokenizer, shard_bytes=shard_bytes)   # type: ignore[arg-type]
+        write_folder(temporary, cfg, tensors, tokenizer=tokenizer, shard_bytes=shard_bytes)
 
 
 def write_folder(folder: Path, cfg: Config, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: Path | None = None,
@@ -174,8 +177,8 @@ def write_folder(folder: Path, cfg: Config, tensors: Iterable[tuple[str, Tensor]
         written[name] = record
         listed.update(dict.fromkeys(held, name))
     if not single:
-        size = sum(record.bytes for record in written.values())
-        files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": listed})
+        index = {"metadata": {"total_size": sum(record.bytes for record in written.values())}, "weight_map": listed}
+        files.write_json(folder / "model.safetensors.index.json", index)
     fault("weights.before_config")
     special = {} if tokenizer is None else _special(tokenizer)
     dtype = {"torch_dtype": str(next(iter(dtypes))).removeprefix("torch.")} if len(dtypes) == 1 else {}

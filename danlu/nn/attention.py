@@ -101,12 +101,13 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: float = 0.0) -> Tensor:
-    """Return softmax(q·k/sqrt(K) under `see`)·v [B, T, H, K] by the named path.  q [B, T, H, K]; k, v [B, S, G, K]."""
+    """Return softmax(q·k/sqrt(K) under `see`)·v [B, T, H, K] by the path.  q [B, T, H, K]; k, v [B, S, G, K]."""
     if path == "sdpa":
         return _sdpa(q, k, v, see, dropout)
     block = {"plain": q.shape[1], "block": BLOCK}[path]
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return Blocks.apply(q, k, v, see, block, dropout, learning)             # type: ignore[no-any-return, no-untyped-call]
+    out: Tensor = Blocks.apply(q, k, v, see, block, dropout, learning)      # type: ignore[no-untyped-call]
+    return out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Sight, dropout: float) -> Tensor:
@@ -144,7 +145,7 @@ class Blocks(torch.autograd.Function):
                     keep.append(drop)
                 keep.append(p)
                 part = (seen @ v[:, first:last]).view(batch, -1, heads * batch // len(k), stop - start, width)
-                out[:, start:stop].unflatten(2, (part.shape[1], -1)).copy_(part.permute(0, 3, 1, 2, 4))
+                out[:, start:stop] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
                 if not learning:
                     keep.clear()
         ctx.save_for_backward(q, k, v, *keep)
@@ -170,7 +171,7 @@ class Blocks(torch.autograd.Function):
             if drop is not None:
                 dp *= drop
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, start:stop] = _product(ds, k[:, first:last], scale).unflatten(1, (-1, stop - start))
+            dq[:, :, start:stop] = _product(ds, k[:, first:last], scale).view_as(dq[:, :, start:stop])
             dk[:, first:last] += _product(ds.mT, q[:, :, start:stop].flatten(1, 2), scale)
         dq = dq.view(batch, -1, *dq.shape[2:]).transpose(1, 2)
         dk, dv = (x.to(v.dtype).view(batch, heads, *x.shape[1:]).transpose(1, 2) for x in (dk, dv))
@@ -179,7 +180,8 @@ class Blocks(torch.autograd.Function):
 
 def _by_head(x: Tensor, keys: int) -> Tensor:
     """Return x [B, T, H, K] as a contiguous [B*G, R, T, K]: the query heads of one key head stand together."""
-    x = x.unflatten(2, (keys, -1)).permute(0, 2, 3, 1, 4)                   # [B, G, R, T, K]
+    batch, tokens, _heads, width = x.shape
+    x = x.reshape(batch, tokens, keys, -1, width).permute(0, 2, 3, 1, 4)    # [B, G, R, T, K]
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
@@ -208,5 +210,5 @@ def _mask(scores: Tensor, see: Sight, batch: int, span: tuple[int, int, int, int
     elif see.causal:
         size = stop - start                                                 # only the last keys can be in the future
         future = torch.full((size, size), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-        scores.unflatten(1, (-1, size))[..., -size:] += future
+        scores.view(len(scores), -1, size, last - first)[..., -size:] += future
     return scores

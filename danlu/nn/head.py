@@ -44,9 +44,8 @@ def scores(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | Non
         index = learned(labels if weights is None else weights, everything=weights is None)
         hidden = select(hidden, index)
     hint = torch.ones(len(index), device=labels.device) if weights is None else select(weights.flatten().float(), index)
-    apply = _Head.apply
-    logp, logz = apply(hidden, weight, bias, select(labels, index), hint, working_dtype(weight), chunk,     # type: ignore[no-untyped-call]
-                       torch.is_grad_enabled())
+    logp, logz = _Head.apply(                                   # type: ignore[no-untyped-call]
+        hidden, weight, bias, select(labels, index), hint, working_dtype(weight), chunk, torch.is_grad_enabled())
     return Scores(logp, logz, _mean_logit(hidden, weight, bias) - logz, index)
 
 

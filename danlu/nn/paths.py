@@ -42,7 +42,7 @@ class Choice:
         for name, value in record.items():
             if value not in known.get(name, ()):
                 raise IncompatibleError(
-                    _("the checkpoint was made by the computational path {name}={value}, which is not known here").format(
+                    _("the checkpoint was made by the path {name}={value}, which is not known here").format(
                         name=name, value=value),
                     fix=_("resume with the version of Danlu that wrote it, or start a new run from its weights"),
                 )

@@ -77,7 +77,8 @@ class Yarn(Model):
         first, last = max(first, 0), min(last, width - 1)
         if first == last:
             last += 0.001
-        left = 1 - ((torch.arange(width // 2, dtype=torch.float32, device=plain.device) - first) / (last - first)).clamp(0, 1)
+        number = torch.arange(width // 2, dtype=torch.float32, device=plain.device)
+        left = 1 - ((number - first) / (last - first)).clamp(0, 1)
         sharpen = self.attention or (0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0)
         return plain / self.factor * (1 - left) + plain * left, sharpen
 
