@@ -132,7 +132,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     """Return the model of `folder` with its weights.  heads: an encoder's, if only these; others are left out."""
     cfg = read_config(folder)
     if heads is not None and isinstance(cfg, encoder.Encoder):
-        cfg = encoder.Encoder.model_validate(cfg.model_dump() | {"outputs": tuple(heads), "pooler": None})
+        cfg = cfg.with_heads(heads)
     elif heads is not None:
         cfg = cfg.filled(vocab=cfg.vocab or 0, heads=heads)
     state = from_hf(cfg, read_tensors(folder), where=str(folder))
