@@ -12,7 +12,7 @@ from danlu.config import Model
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
-from danlu.objectives.protocol import Objectives
+from danlu.objectives import Objectives
 from danlu.optim import Optimizers
 from danlu.schedule import Schedules
 from danlu.words import _
