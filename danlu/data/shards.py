@@ -179,14 +179,38 @@ class Shards:
                 split=split, names=sorted(self.manifest["splits"])), where=str(self.folder))
         self.entries: list[Entry] = self.manifest["splits"][split]
         self._arrays = [self._open(entry) for entry in self.entries]
-        self._first = np.cumsum([0, *(entry.documents for entry in self.entries)]).tolist()
+        self._first: list[int] = np.cumsum([0, *(entry.documents for entry in self.entries)]).tolist()
         if verify:
             self.verify()
+
+    @staticmethod
+    def has(folder: Path | str, split: str) -> bool:
+        """Tell whether the prepared folder has documents in that split."""
+        entries: list[Entry] = read_manifest(Path(folder))["splits"].get(split, [])
+        return any(entry.documents for entry in entries)
+
+    def __len__(self) -> int:
+        return self._first[-1]
 
     @property
     def documents(self) -> int:
         """How many documents the split has."""
-        return sum(entry.documents for entry in self.entries)
+        return self._first[-1]
+
+    @property
+    def name(self) -> str:
+        """Folder and split, as messages name it."""
+        return f"{self.folder}:{self.split}"
+
+    @cached_property
+    def bytes(self) -> int:
+        """The size of all texts of the split as UTF-8, for losses in bits per byte."""
+        return int(self.column("bytes").sum(dtype=np.int64))
+
+    def record(self) -> dict[str, Any]:
+        """Return what identifies the split, JSON-ready, for receipts."""
+        return {"path": str(self.folder), "split": self.split, "fingerprint": self.fingerprint,
+                "documents": self.documents, "tokens": self.tokens}
 
     @property
     def tokens(self) -> int:
@@ -222,7 +246,7 @@ class Shards:
 
     def column(self, name: str) -> np.ndarray:
         """Return a number for each document [documents]."""
-        return np.concatenate([arrays[name] for arrays in self._arrays])
+        return np.concatenate([arrays[name] for arrays in self._arrays] or [np.zeros(0)])
 
     def part(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the ids start:stop of a document, and their weights (None: all 1), as views of the file."""
