@@ -162,7 +162,11 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
     parser.add_argument("--data", help=_("text files (as `prepare` reads them) or a prepared folder; default: the run's own"))
     parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    parser.add_argument("--sample-by", "--sample_by", default="line", choices=["line", "paragraph", "document"],
+                        help=_("what one document is in a txt file"))
+    parser.add_argument("--text", default="text", help=_("column of the text in jsonl, csv and parquet files"))
     parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
     parser.add_argument("--out", type=Path, help=_("write the result as JSON"))
 
 
