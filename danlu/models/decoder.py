@@ -168,8 +168,11 @@ class Decoder(Model):
             holds["out_bias"] = (self.qkv_bias,)
         return holds
 
-    def filled(self, *, vocab: int, heads: Sequence[str] = ("lm",)) -> Decoder:
-        """Return the config with the vocabulary's size, where it was left open.  A decoder has the head "lm" alone."""
+    def filled(self, *, vocab: int, heads: Sequence[str] = ("lm",), pad: int | None = None) -> Decoder:
+        """Return the config with the vocabulary's size, where it was left open.  A decoder has the head "lm" alone.
+
+        Its weights know nothing of padding, so `pad` changes nothing.
+        """
         unknown = set(heads) - {"lm"}
         if unknown:
             raise IncompatibleError(_("a decoder has no head {heads}").format(heads=", ".join(sorted(unknown))),

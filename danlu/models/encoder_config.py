@@ -89,6 +89,14 @@ def write(cfg: Encoder) -> dict[str, Any]:
     return data | ({"danlu": own} if own else {})
 
 
+def check_pad(cfg: Encoder, pad: int | None) -> None:
+    """Raise IncompatibleError if transformers would count the positions of `cfg` from another number than we do."""
+    if cfg.family == "roberta" and pad != cfg.pad:
+        raise IncompatibleError(
+            _("RoBERTa counts positions from the padding id: the model's is {ours}, the tokenizer's {theirs}").format(
+                ours=cfg.pad, theirs=pad), fix=_("leave model.pad empty, and use a tokenizer with a padding token"))
+
+
 def _check_keys(family: str, data: Mapping[str, Any], where: str) -> None:
     for key, value in data.items():
         if key in FIXED and value not in FIXED[key]:

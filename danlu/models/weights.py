@@ -181,6 +181,8 @@ def write_folder(folder: Path, cfg: Config, tensors: Iterable[tuple[str, Tensor]
         files.write_json(folder / "model.safetensors.index.json", index)
     fault("weights.before_config")
     special = {} if tokenizer is None else _special(tokenizer)
+    if isinstance(cfg, encoder.Encoder):
+        encoder_config.check_pad(cfg, special.get("pad_token_id", cfg.pad))
     dtype = {"torch_dtype": str(next(iter(dtypes))).removeprefix("torch.")} if len(dtypes) == 1 else {}
     files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **dtype, **special})
     files.write_json(folder / "generation_config.json", special)

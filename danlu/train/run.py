@@ -107,7 +107,7 @@ def settle(run: Run, data: Data, device: torch.device, found: Path | None) -> tu
         model = weights.read_config(run.start)
         changes["model"] = model
     elif run.model is not None:
-        model = run.model.filled(vocab=special.size, heads=run.objective.heads)
+        model = run.model.filled(vocab=special.size, heads=run.objective.heads, pad=special.pad)
         changes["model"] = model
     top = max(shards.top for shards in (*data.train, *data.held_out))
     if model.vocab < special.size or model.vocab <= top:

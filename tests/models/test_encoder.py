@@ -130,6 +130,21 @@ def test_old_names_and_unread_heads(tmp_path: Path):
         weights.load(tmp_path / "model")
 
 
+def test_roberta_and_its_tokenizer_agree_on_padding(tmp_path: Path):
+    """transformers takes the first position from pad_token_id: 0 here would shift every position by one."""
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 0, "content": "<pad>"}]}))
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    with pytest.raises(IncompatibleError, match="the model's is 1, the tokenizer's 0"):
+        weights.save(tmp_path / "wrong", random(SHAPES["roberta"][0]), tokenizer=tokenizer)
+    cfg = Encoder(**TINY, family="roberta").filled(vocab=200, heads=("mlm",), pad=0)
+    ours = random(cfg)
+    weights.save(tmp_path / "right", ours, tokenizer=tokenizer)
+    assert_same(ours, AutoModelForMaskedLM.from_pretrained(tmp_path / "right").eval(), cfg)
+    weights.save(tmp_path / "bert", random(SHAPES["masked"][0]), tokenizer=tokenizer)
+
+
 def test_three_heads_survive_a_folder(tmp_path: Path):
     ours = random(Encoder(**TINY, outputs=("sop", "mlm", "nsp")))
     weights.save(tmp_path / "model", ours)
@@ -180,8 +195,10 @@ def loss_of(model, objective, rows, length):
     return objective.loss(out, batch), objective.count(batch)
 
 
-@pytest.mark.parametrize("objective", [MaskedLM(), MaskedLM(whole_word=True), Mixture(parts=("masked_lm", "next_sentence")),
-                                       Mixture(parts=("next_sentence", "sentence_order", "masked_lm"))])
+@pytest.mark.parametrize("objective", [
+    MaskedLM(), MaskedLM(whole_word=True), Mixture(parts=("masked_lm", "next_sentence")),
+    Mixture(parts=("next_sentence", "sentence_order", "masked_lm")),
+])
 def test_any_split_and_padding_gives_the_same_loss_and_gradient(objective):
     model = random(Encoder(**TINY, outputs=objective.heads)).double()
     rows = [row(text(9 + i, i), key=i, other=text(20, i + 50)) for i in range(7)]
