@@ -1,0 +1,378 @@
+"""Files to prepared data: read, clean, deduplicate, split, learn a tokenizer, tokenise, store as shards.
+
+The result is a pure function of the inputs and the configuration, whatever the number of processes and however often it was
+killed on the way.  Memory is bounded: blocks of 1 MiB in flight, one shard a split, and 32 bytes a row for duplicates.
+
+Inputs whose `split` is val or test are read first, so that a text that stands in both leaves training, not evaluation.
+Standard input can be read only once: with a tokenizer that is loaded and no labels it is streamed straight through (to resume,
+give the same stream again; what was done is skipped and checked); otherwise it is first copied to the output folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Discriminator, Field, Tag
+
+from danlu import files, log
+from danlu.config import Model
+from danlu.data import formats, pool, progress, raw, shards, split, tokenizer
+from danlu.data.blocks import Block
+from danlu.data.clean import Clean
+from danlu.data.inputs import MIB, ROW_BYTES, File, Input, Inputs, resolve, split_take
+from danlu.data.ledger import Ledger, Totals
+from danlu.data.progress import Progress
+from danlu.data.shelf import Shelf
+from danlu.data.split import NAMES, Split
+from danlu.data.tokenizer import BPE, Chars, Loaded, Tokenizer, Unigram, WordPiece
+from danlu.data.work import Answer, Want, Work
+from danlu.errors import DataError, ResourceError
+from danlu.fault import fault
+from danlu.words import _
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+MANY = 10_000                                       # classes; more are no classes
+WORTH = 4 * MIB                                     # bytes of text for which starting one more process pays
+
+
+def _kind(value: Any) -> str:
+    """Return the kind of a tokenizer's configuration: without one, it is loaded if it has a path, else byte pairs."""
+    if isinstance(value, dict):
+        return str(value.get("kind", "loaded" if "path" in value else "bpe"))
+    return str(value.kind)
+
+
+Tokenizers = Annotated[
+    Annotated[BPE, Tag("bpe")] | Annotated[WordPiece, Tag("wordpiece")] | Annotated[Unigram, Tag("unigram")]
+    | Annotated[Chars, Tag("chars")] | Annotated[Loaded, Tag("loaded")],
+    Discriminator(_kind)]
+
+
+class Prepare(Model):
+    """What to prepare, from what, and where."""
+
+    ALIASES = {  # noqa: RUF012
+        "output_dir": "out", "dataset": "inputs", "val_size": "split.val", "val_set_size": "split.val",
+        "split_dataset_ratio": "split.val", "preprocessing_num_workers": "workers", "dataset_num_proc": "workers",
+        "overwrite_output_dir": "overwrite",
+    }
+    out: Path = Field(description="Folder of the prepared data.")
+    inputs: Inputs = Field(description="What to read; a bare text is a path.")
+    clean: Clean = Field(default=Clean(), description="How texts are cleaned, and which are dropped.")
+    dedup: Literal["exact", "loose", "none"] = Field(
+        default="exact", description="Drop texts that stood before; loose ignores case, width and white space.")
+    split: Split = Field(default=Split(), description="How rows are shared out to train, val and test.")
+    tokenizer: Tokenizers = Field(
+        default_factory=BPE, description="Tokenizer to learn from the training rows, or {path: …} to load one.")
+    rejects: float = Field(
+        default=0.01, ge=0, le=1, allow_inf_nan=False, description="Largest share of rows that may be at fault.")
+    max_row_bytes: int = Field(default=ROW_BYTES, ge=1, le=1 << 30, description="Reject rows with more bytes than this.")
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="What to do with a damaged file: stop, or keep what stands before the damage.")
+    workers: int | None = Field(
+        default=None, ge=0, le=1024, description="Processes; 0: none beside this one; null: by cores and size.")
+    shard_tokens: int = Field(default=1 << 24, ge=1, description="Tokens in a shard, before the next one begins.")
+    seed: int = Field(default=0, ge=0, description="Decides which rows validate.")
+    overwrite: bool = Field(default=False, description="Replace what `out` holds.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every pass over the inputs needs."""
+
+    cfg: Prepare
+    inputs: tuple[Input, ...]
+    files: tuple[File, ...]
+    say: Callable[[str], None]
+
+    @property
+    def text_bytes(self) -> int:
+        """Return about how many bytes of text the inputs hold, as far as their sizes tell."""
+        return sum((file.size or 0) * (4 if file.packed or file.format == "parquet" else 1) for file in self.files)
+
+    @property
+    def workers(self) -> int:
+        """Return how many processes the work is worth."""
+        if self.cfg.workers is not None:
+            return self.cfg.workers
+        cores = len(os.sched_getaffinity(0))
+        endless = any(file.size is None for file in self.files)
+        return cores if endless else min(cores, self.text_bytes // WORTH) if self.text_bytes >= 2 * WORTH else 0
+
+    def work(self, want: Want, **more: Any) -> Work:
+        """Return the work on each block."""
+        cfg = self.cfg
+        return Work(files=self.files, inputs=self.inputs, clean=cfg.clean, split=cfg.split, seed=cfg.seed,
+                    row_bytes=cfg.max_row_bytes, loose=cfg.dedup == "loose", want=want, **more)
+
+    def ledger(self, totals: Totals | None = None) -> Ledger:
+        """Return a ledger that has seen nothing."""
+        watch = any(item.split is not None for item in self.inputs)
+        return Ledger([file.path for file in self.files], rejects=self.cfg.rejects, dedup=self.cfg.dedup != "none",
+                      watch=watch, totals=totals)
+
+    def rows(self, ledger: Ledger, state: Progress, work: Work, what: str, after: dict[str, Any] | None = None
+             ) -> Iterator[tuple[Answer, Any]]:
+        """Yield (answer, which of its rows stay) for all blocks in order, from the one after the commit `after` on.
+
+        Counts them in the ledger, writes rejects and fingerprints to the logs, and tells how it goes.
+        """
+        state.open_logs()
+        start = after["done"][0] if after else 0
+        blocks = formats.stream(self.files, self.inputs, row_bytes=self.cfg.max_row_bytes,
+                                skip_broken=self.cfg.on_error == "skip", start=start)
+        left = _later(blocks, after, self.files) if after else blocks
+        answers = pool.ordered(left, work, workers=self.workers, name=self._place)
+        for answer in _told(answers, self.say, what, self.text_bytes):
+            keep = ledger.take(answer)
+            state.log(answer.rejects, self.files[answer.file].path, *ledger.fresh)
+            yield answer, keep
+        state.close()
+
+    def _place(self, block: Block) -> str:
+        return f"{self.files[block.file].path}:{block.line}"
+
+
+def prepare(cfg: Prepare, *, say: Callable[[str], None] = log.say) -> Path:
+    """Return `cfg.out`, which now holds the prepared data; at once if it did so before.
+
+    Goes on where a killed run stopped.  Raises ConfigError before any data is read; then DataError, SecurityError,
+    ResourceError.
+    """
+    files.check_writable(cfg.out)
+    try:
+        with progress.alone(cfg.out):
+            return _prepare(cfg, say)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ResourceError(_("no room is left: {why}").format(why=error.strerror), where=str(cfg.out),
+                            fix=_("free some space and run it again: it goes on where it stopped")) from error
+
+
+def _prepare(cfg: Prepare, say: Callable[[str], None]) -> Path:
+    inputs = tuple(sorted(map(split_take, cfg.inputs), key=lambda item: item.split in (None, "train")))
+    found = resolve(inputs)
+    config = cfg.model_dump(mode="json", exclude={"out", "workers", "overwrite"})
+    if not cfg.overwrite and progress.finished(cfg.out, config, found):
+        say(_("{out} is complete already").format(out=cfg.out))
+        return cfg.out
+    if cfg.overwrite and (cfg.out / "manifest.json").exists():
+        progress.clear(cfg.out)
+    _check_tokenizer(cfg)
+    files.check_space(cfg.out, sum(file.size or 0 for file in found) + 64 * MIB)
+    state = Progress(cfg.out, config, found, overwrite=cfg.overwrite)
+    job = _Job(cfg, inputs, _kept(cfg, inputs, found, state, say), say)
+    bounds = _survey(job, state)
+    chosen = _tokenizer(job, state, bounds)
+    ledger, entries = _shards(job, state, bounds, chosen)
+    _finish(job, state, config=config, ledger=ledger, entries=entries, chosen=chosen, bounds=bounds)
+    return cfg.out
+
+
+def _check_tokenizer(cfg: Prepare) -> None:
+    """Load a tokenizer that is to be loaded, so that a wrong path is told before data is read."""
+    if isinstance(cfg.tokenizer, Loaded):
+        tokenizer.train((), cfg.tokenizer)
+
+
+def _kept(cfg: Prepare, inputs: tuple[Input, ...], found: list[File], state: Progress, say: Callable[[str], None]
+          ) -> tuple[File, ...]:
+    """Return the files; one that can be read only once but is needed more often is copied to disk first."""
+    passes = 1 + (not isinstance(cfg.tokenizer, Loaded)) + any(item.label is not None for item in inputs)
+    result = []
+    for number, file in enumerate(found):
+        if not file.once or passes == 1:
+            result.append(file)
+            continue
+        path = state.hidden / f"input-{number}"
+        if not path.exists():
+            say(_("{path} can be read only once: it is copied to {to} first").format(path=file.path, to=path))
+            with raw.opened(file) as source, path.with_suffix(".part").open("wb") as target:
+                shutil.copyfileobj(source, target, MIB)
+                target.flush()
+                os.fsync(target.fileno())
+            path.with_suffix(".part").rename(path)
+        result.append(replace(file, kept=str(path), size=path.stat().st_size))
+    return tuple(result)
+
+
+def _later(blocks: Iterator[Block], after: dict[str, Any], found: tuple[File, ...]) -> Iterator[Block]:
+    """Yield the blocks after those that are done.  Raises DataError when these are not what they were."""
+    done, met = tuple(after["done"]), False
+    for block in blocks:
+        place = (block.file, block.number)
+        if place == done:
+            met = block.mark == after["mark"]
+        if place > done and not met:
+            raise DataError(_("the input is not the one that the interrupted preparation read"), where=found[done[0]].path,
+                                fix=_("give the same input again, or set overwrite: true to start anew"))
+        if place > done:
+            yield block
+
+
+def _told(answers: Iterator[Answer], say: Callable[[str], None], what: str, total: int) -> Iterator[Answer]:
+    """Yield the answers; say every five seconds how far they are."""
+    start = last = time.monotonic()
+    rows = size = 0
+    for answer in answers:
+        rows, size, now = rows + answer.read, size + answer.size, time.monotonic()
+        if now - last >= 5:
+            last = now
+            share = f"{min(1, size / total):.0%}, " if total else ""
+            say(_("{what}: {share}{rows} rows, {size:.0f} MB, {speed:.1f} MB/s").format(
+                what=what, share=share, rows=rows, size=size / 1e6, speed=size / 1e6 / (now - start)))
+        yield answer
+
+
+def _survey(job: _Job, state: Progress) -> dict[str, split.Bounds] | None:
+    """Return the bounds of every class, sorted by name; None where no input has labels."""
+    if all(item.label is None for item in job.inputs):
+        return None
+    if "classes" not in state.state:
+        ledger, groups = job.ledger(), dict[str, list[Any]]()
+        for answer, keep in job.rows(ledger, state, job.work("labels"), _("counting classes")):
+            keys = split.keys(answer.digests, job.cfg.seed)[answer.owner]
+            shared = job.inputs[job.files[answer.file].input].split is None
+            for number in np.flatnonzero(keep) if answer.labels else ():
+                groups.setdefault(answer.labels[number], []).extend([keys[number]] if shared else ())
+            if len(groups) > MANY:
+                raise DataError(_("the label has more than {n} different values; it is no class").format(n=MANY),
+                                where=job.files[answer.file].path, fix=_("set `label` to the column of the class"))
+        if not groups:
+            _refuse(job, ledger)
+        exact = job.cfg.split.stratify and job.cfg.split.by == "hash"
+        state.save(classes={
+            label: list(job.cfg.split.exact(np.array(found, np.uint64)) if exact else job.cfg.split.bounds())
+            for label, found in sorted(groups.items(), key=lambda pair: _rank(pair[0]))})
+    return {label: (low, high) for label, (low, high) in state.state["classes"].items()}
+
+
+def _rank(label: str) -> tuple[int, float, str]:
+    """Numbers in their order, then names in theirs."""
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label
+
+
+def _tokenizer(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None) -> Tokenizer:
+    """Return the tokenizer, which now lies in out/tokenizer: loaded, learned, or as an interrupted run left it."""
+    folder = job.cfg.out / "tokenizer"
+    if state.state.get("tokenizer") and not isinstance(job.cfg.tokenizer, Loaded):
+        kept = Tokenizer.load(folder)
+        if kept.sha256 == state.state["tokenizer"]:
+            return kept
+        raise DataError(_("the tokenizer has changed since this preparation was interrupted"), where=str(folder),
+                        fix=_("set overwrite: true to do it again"))
+    if isinstance(job.cfg.tokenizer, Loaded):
+        chosen = tokenizer.train((), job.cfg.tokenizer)
+    else:
+        job.say(_("learning a tokenizer of {n} tokens").format(n=job.cfg.tokenizer.vocab))
+        share = min(1.0, 1.2 * job.cfg.tokenizer.text_bytes / max(1, job.text_bytes))
+        with closing(_texts(job, state, bounds, share)) as texts:
+            chosen = tokenizer.train(texts, job.cfg.tokenizer)
+    if state.state.get("tokenizer", chosen.sha256) != chosen.sha256:
+        raise DataError(_("the tokenizer has changed since this preparation was interrupted"),
+                        where=str(folder), fix=_("set overwrite: true to do it again"))
+    chosen.save(folder)
+    state.save(tokenizer=chosen.sha256)
+    return Tokenizer.load(folder)
+
+
+def _texts(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, share: float) -> Generator[str, None, None]:
+    """Yield the texts to learn the tokenizer from: training rows only, a `share` of them chosen by fingerprint."""
+    ledger, given = job.ledger(), 0
+    work = job.work("texts", bounds=bounds, sample=share)
+    for answer, keep in job.rows(ledger, state, work, _("reading for the tokenizer")):
+        for number in np.flatnonzero(keep & (answer.part == 0)):
+            if text := answer.texts[number]:
+                given += 1
+                yield text
+    if not given:
+        _refuse(job, ledger)
+
+
+def _refuse(job: _Job, ledger: Ledger) -> None:
+    """Write the report; raise DataError when too much was rejected or nothing is left."""
+    files.write_json(job.cfg.out / "report.json", ledger.report())
+    ledger.check_rejects()
+    ledger.check_left()
+
+
+def _shards(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, chosen: Tokenizer
+            ) -> tuple[Ledger, dict[str, list[shards.Entry]]]:
+    """Tokenise every row into shards, committing whenever one is full; return the ledger and the shards of each split."""
+    commit = state.state.get("commit")
+    ledger = job.ledger(Totals.of(commit["totals"]) if commit else None)
+    shelves = {name: Shelf(job.cfg.out, name, dtype=chosen.dtype, tokens=job.cfg.shard_tokens, labels=bounds is not None)
+               for name in NAMES}
+    state.restore(shelves, ledger.seen)
+    numbers = {label: number for number, label in enumerate(bounds or ())}
+    work = job.work("ids", bounds=bounds, tokenizer=job.cfg.out / "tokenizer")
+    for answer, keep in job.rows(ledger, state, work, _("tokenising"), commit):
+        if _store(shelves, answer, keep, numbers):
+            state.commit(shelves, done=[answer.file, answer.number], mark=answer.mark, totals=ledger.totals.record())
+    _refuse(job, ledger)
+    _check_leaks(job.cfg, ledger)
+    return ledger, {name: entries for name, shelf in shelves.items() if (entries := shelf.close())}
+
+
+def _store(shelves: dict[str, Shelf], answer: Answer, keep: Any, numbers: dict[str, int]) -> bool:
+    """Put the rows that stay on the shelves of their splits; return whether a shard was written."""
+    full = False
+    labels = np.array([numbers[label] for label in answer.labels] or [-1] * len(answer.part), np.int32)
+    for part in np.unique(answer.part[keep]):
+        rows = keep & (answer.part == part)
+        ids = answer.ids if rows.all() else answer.ids[np.repeat(rows, answer.counts)]
+        columns = {"bytes": answer.bytes[rows], "file": np.full(int(rows.sum()), answer.file, np.int32),
+                   "line": answer.lines[rows]} | ({"label": labels[rows]} if numbers else {})
+        full |= shelves[NAMES[part]].add(ids, answer.counts[rows], **columns)
+    return full
+
+
+def _check_leaks(cfg: Prepare, ledger: Ledger) -> None:
+    if cfg.split.strict and ledger.totals.leaks:
+        raise DataError(_("{n} texts stand in two splits: {first}").format(
+            n=ledger.totals.leaks.total(), first="; ".join(ledger.totals.leaked)), where=ledger.totals.leaked[0].partition(" ")[0],
+            fix=_("take them out of one, or set split.strict: false"))
+
+
+def _finish(job: _Job, state: Progress, *, config: dict[str, Any], ledger: Ledger, chosen: Tokenizer,
+            entries: dict[str, list[shards.Entry]], bounds: dict[str, split.Bounds] | None) -> None:
+    """Write the manifest, which makes the folder complete, and tidy up."""
+    report, totals = ledger.report(), ledger.totals
+    inputs = []
+    for number, file in enumerate(job.files):
+        taken, _colon, sha256 = totals.marks.get(str(number), "").partition(":")
+        inputs.append({"path": file.path, "bytes": int(taken) if taken else file.size, "sha256": sha256 or None,
+                       "rows": totals.rows[str(number)]})
+    for name in NAMES:
+        progress.prune(job.cfg.out, name, keep=len(entries.get(name, ())))
+    fault("prepare.before_manifest")
+    content = {"tokenizer": chosen.sha256, "dtype": chosen.dtype, "splits": entries, "files": [file.path for file in job.files],
+               "inputs": inputs, "counts": report["rows"], "config": config} | ({"labels": list(bounds)} if bounds else {})
+    shards.write_manifest(job.cfg.out, content)
+    state.done()
+    rows = report["rows"]
+    job.say(_("{kept} documents of {read} rows ({rejected} rejected, {filtered} filtered, {duplicates} duplicates)").format(**rows))
+    for name, counts in report["splits"].items():
+        job.say(_("{name}: {documents} documents, {tokens} tokens, {ratio:.2f} bytes a token").format(
+            name=name, ratio=counts["bytes"] / max(1, counts["tokens"]), **counts))
+    for name in ("val", "test"):
+        if getattr(job.cfg.split, name) and name not in entries:
+            job.say(_("no row came into {name}: raise split.{name}, or give an input of its own").format(name=name))
+    for pair, count in sorted(totals.leaks.items()):
+        job.say(_("{count} texts stand in both {pair}: {first}").format(
+            count=count, pair=pair.replace("+", _(" and ")), first="; ".join(totals.leaked)))
+    for place, why in sorted(totals.broken.items()):
+        job.say(_("damaged, kept up to there: {file}: {why}").format(file=job.files[int(place)].path, why=why))
