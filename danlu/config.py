@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -54,10 +53,16 @@ def load(cls: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
 
 def validate(cls: type[M], data: dict[str, Any], places: Mapping[tuple[str | int, ...], str] | None = None) -> M:
     """Return `data` as a `cls`, strictly: no text for numbers, no booleans for integers.  Raises ConfigError."""
+    data = _tagged(cls, data)
+    errors = list(_bent(cls, data))
     try:
-        return cls.model_validate_json(json.dumps(_tagged(cls, data)), strict=True)
+        made = cls.model_validate(data)
+        if not errors:
+            return made
     except ValidationError as error:
-        problems = [_problem(cls, dict(e), places or {}) for e in error.errors(include_url=False)]
+        known = {_walk(cls, e["loc"])[1] for e in errors}
+        errors += [dict(e) for e in error.errors(include_url=False) if _walk(cls, e["loc"])[1] not in known]
+    problems = [_problem(cls, e, places or {}) for e in errors]
     raise ConfigError("\n".join(problems))
 
 
@@ -74,9 +79,9 @@ def to_yaml(value: Model, *, only_set: bool = False) -> str:
 
 def members(annotation: Any) -> Iterator[type[BaseModel]]:
     """Yield every Model class named in an annotation: itself, of a union, of a tuple."""
-    if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
         yield annotation
-    for inner in typing.get_args(annotation):
+    for inner in get_args(annotation):
         if not isinstance(inner, str):
             yield from members(inner)
 
@@ -87,8 +92,45 @@ def _kind(cls: type[BaseModel]) -> str | None:
 
 
 def _is_sequence(annotation: Any) -> bool:
-    origins = [typing.get_origin(a) for a in (annotation, *typing.get_args(annotation))]
+    origins = [get_origin(a) for a in (annotation, *get_args(annotation))]
     return any(o in (tuple, list) for o in origins)
+
+
+def _scalars(annotation: Any) -> frozenset[type]:
+    """Return the scalar types an annotation takes, those of its literals and items among them."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return frozenset([annotation])
+    if get_origin(annotation) is Literal:
+        return frozenset(type(value) for value in get_args(annotation))
+    return frozenset().union(*(_scalars(inner) for inner in get_args(annotation))) - {Any}
+
+
+def _bent(cls: type[BaseModel], data: Any, loc: tuple[str | int, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield an error for true in place of 1, "5" of 5 and "yes" of true, which pydantic would bend into shape."""
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if name not in cls.model_fields:
+            continue
+        annotation = cls.model_fields[name].annotation
+        inner = list(members(annotation))
+        for at, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            place = (*loc, name) if at is None else (*loc, name, at)
+            if isinstance(item, dict):
+                chosen = [c for c in inner if len(inner) == 1 or _kind(c) == item.get("kind")]
+                yield from _bent(chosen[0], item, place) if chosen else ()
+            elif (wrong := _misfit(item, _scalars(annotation))) is not None:
+                yield {"type": wrong, "loc": place, "input": item}
+
+
+def _misfit(value: Any, taken: frozenset[type]) -> str | None:
+    """Return pydantic's name of what is wrong with a scalar where the types `taken` are asked for."""
+    number = "int_type" if int in taken else "float_type" if float in taken else None
+    if isinstance(value, bool):
+        return number if bool not in taken else None
+    if isinstance(value, str):
+        return (number or "bool_type") if taken & {int, float, bool} and not taken & {str, Path} else None
+    if isinstance(value, int | float):
+        return "bool_type" if bool in taken and number is None else None
+    return None
 
 
 def _tagged(cls: type[BaseModel], data: Any) -> Any:

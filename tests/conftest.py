@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from cli import danlu  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,23 @@ def realdata() -> Path:
     if not folder:
         pytest.skip("DANLU_REALDATA is not set: no real data here")
     return Path(folder)
+
+
+WORDS = ("the", "furnace", "learns", "from", "text", "and", "keeps", "what", "it", "reads", "丹炉", "炼", "模型", "数据", "never", "lies")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents of nonsense, prepared: a byte-level BPE of 320 ids, a tenth held out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(300):
+            text = f"{number}. " + " ".join(draw.choices(WORDS, k=draw.randint(5, 40))) + "."
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    (folder / "corpus.yaml").write_text(
+        f"out: {folder}/data\ninputs: [{folder}/text.jsonl]\ntokenizer: {{kind: bpe, vocab: 320}}\n"
+        "split: {val: 0.1}\nworkers: 0\n", encoding="utf-8")
+    ended = danlu("prepare", folder / "corpus.yaml")
+    assert ended.code == 0, ended.err
+    return folder / "data"
