@@ -1,6 +1,7 @@
 """Blocks: about 1 MiB of whole lines or of rows, cut where records end, in bounded memory.
 
-A block is what a worker process gets.  Cutting is cheap and sequential; decoding and parsing (`parse.py`) run in parallel.
+A block is what a worker process gets.  Cutting is cheap and sequential; decoding and parsing (`parse.py`) run in
+parallel.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 TABLE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0), 0xFEFF) if code not in (0x09, 0x0A)} | NEWLINES
 UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\U00020000-\U000323af]|[^\W\u3040-\u30ff"
                   r"\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\U00020000-\U000323af]+|[^\w\s]")
-GRAM = 10                                           # units in an n-gram: a Han character, kana or hangul, a word, a sign
+GRAM = 10                                           # units in an n-gram: a word, a sign, a Han character, kana, hangul
 
 
 class Clean(Model):
@@ -32,7 +32,7 @@ class Clean(Model):
     max_chars: int | None = Field(default=None, ge=1, description="Drop texts with more characters than this.")
     max_repeat: float | None = Field(
         default=None, ge=0, le=1, allow_inf_nan=False,
-        description="Drop texts of which a larger share repeats what stood before in the same text; 0.3 suits web pages.")
+        description="Drop texts of which a larger share repeats an earlier part of the same text; 0.3 suits web pages.")
 
     @model_validator(mode="after")
     def _fits(self) -> Clean:
@@ -54,7 +54,7 @@ class Clean(Model):
 
 
 def normal(text: str, form: Literal["nfc", "nfkc", "none"] = "nfc") -> str:
-    """Return the text with line feeds as its only line ends, no other control characters than tabs, in Unicode `form`."""
+    """Return the text in Unicode `form`, with line feeds as its only line ends, and tabs as its only other controls."""
     if CONTROL.search(text):
         text = text.replace("\r\n", "\n").replace("\r", "\n").translate(TABLE)
     if form == "none" or text.isascii():
@@ -65,8 +65,8 @@ def normal(text: str, form: Literal["nfc", "nfkc", "none"] = "nfc") -> str:
 def repeated(text: str) -> float:
     """Return the share of a text that repeats an earlier part of it, 0..1: the larger of two shares.
 
-    Of its characters, those in lines that stood before; and those in n-grams of ten units that stood before, a unit being
-    a word, a sign or one character of a script without spaces (after Gopher's filters, Rae et al., 2021, appendix A1.1).
+    Of its characters, those in lines that stood before; and those in n-grams of ten units that stood before, a unit
+    being a word, a sign or one character of a script without spaces (after Gopher's filters, Rae et al., 2021, A1.1).
     """
     return max(_repeated_lines(text), _repeated_grams(text))
 

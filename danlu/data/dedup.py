@@ -19,9 +19,13 @@ Digests = NDArray[np.uint64]                        # [n, 2]
 
 def digests(texts: Iterable[str], *, loose: bool = False) -> Digests:
     """Return the 128-bit BLAKE2b of each text; `loose` ignores case, width and the amount of white space."""
-    chosen = (SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip() for text in texts) if loose else texts
+    chosen = map(_folded, texts) if loose else texts
     joined = b"".join(blake2b(text.encode(), digest_size=16).digest() for text in chosen)
     return np.frombuffer(joined, np.dtype("<u8")).reshape(-1, 2)
+
+
+def _folded(text: str) -> str:
+    return SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 class Seen:
@@ -42,7 +46,7 @@ class Seen:
         return sum(table.keys.nbytes + table.notes.nbytes for table in self.tables)
 
     def add(self, keys: Digests, notes: NDArray[np.uint8]) -> NDArray[np.int16]:
-        """Remember `keys` [n, 2] in order; return [n] -1 where a key is new, else the note (< 256) it first came with."""
+        """Remember `keys` [n, 2] in order; return [n]: -1 where a key is new, else the note that it first came with."""
         if not len(keys):
             return np.zeros(0, np.int16)
         order = np.lexsort((keys[:, 1], keys[:, 0]))            # stable: of equal keys the first row comes first
@@ -91,9 +95,9 @@ class _Table:
         left = np.arange(len(keys))
         while len(left):
             slot, key = slots[left], keys[left]
-            free = ~np.any(self.keys[slot], axis=1)
+            free = np.all(self.keys[slot] == 0, axis=1)
             self.keys[slot[free]] = key[free]                   # of several that want one slot, the last gets it
-            mine = np.all(self.keys[slot] == key, axis=1)
+            mine: NDArray[np.bool_] = np.all(self.keys[slot] == key, axis=1)
             taken = mine & free
             self.notes[slot[taken]] = notes[left[taken]]
             self.count += int(taken.sum())

@@ -36,7 +36,8 @@ def stream(files: Sequence[File], inputs: Sequence[Input], *, row_bytes: int, sk
             yield from _taken(item, own, again, once=any(files[number].once for number in own))
 
 
-def _several(own: Iterable[int], files: Sequence[File], item: Input, row_bytes: int, skip_broken: bool) -> Iterator[Block]:
+def _several(own: Iterable[int], files: Sequence[File], item: Input, row_bytes: int, skip_broken: bool
+             ) -> Iterator[Block]:
     for number in own:
         yield from _file(number, files[number], item, row_bytes, skip_broken)
 
@@ -65,7 +66,8 @@ def _cut(number: int, file: File, item: Input, row_bytes: int) -> tuple[Iterator
     raw = Raw(file, max_ratio=item.max_ratio, max_bytes=item.max_bytes)
     if file.format == "json":
         if item.encoding.lower() not in UTF8:
-            raise ConfigError(_("a json file is UTF-8 by its standard"), where=file.path, fix=_("convert it, or use jsonl"))
+            raise ConfigError(_("a json file is UTF-8 by its standard"), where=file.path,
+                              fix=_("convert it, or use jsonl"))
         return gather(tables.elements(raw, row_bytes), number, raw.mark), raw.mark
     if file.format == "txt" and item.sample_by == "document":
         return gather(_document(raw, row_bytes), number, raw.mark), raw.mark
@@ -134,9 +136,9 @@ def _taken(item: Input, own: Sequence[int], again: Callable[[], Iterator[Block]]
             yield block
             continue
         rows = _rows(block)
-        chosen = [row for number, row in enumerate(rows, seen) if (number < take if wanted is None else number in wanted)]
-        seen += len(rows)
+        chosen = (row for n, row in enumerate(rows, seen) if (n < take if wanted is None else n in wanted))
         yield replace(block, lines=b"", rows=tuple(chosen))
+        seen += len(rows)
         if wanted is None and seen >= take:
             break
     yield from (Block(number, 0, number=1 << 40, last=True) for number in own if number not in ended)

@@ -56,10 +56,10 @@ class Input(Model):
     delimiter: str | None = Field(
         default=None, min_length=1, max_length=1, description="Between csv columns; comma or tab.")
     quote: str | None = Field(
-        default=None, max_length=1, description='Quotation mark of csv columns; default " in csv, and none ("") in tsv.')
+        default=None, max_length=1, description='Quotation mark of columns; default: " in csv, none ("") in tsv.')
     take: int | None = Field(default=None, ge=1, description="Take only so many rows.")
     take_seed: int | None = Field(
-        default=None, ge=0, description="Take them at random over the whole input by this seed; without it, the first ones.")
+        default=None, ge=0, description="Take them at random over the whole input by this seed; null: the first ones.")
     max_ratio: float = Field(
         default=200.0, gt=1, allow_inf_nan=False,
         description="Refuse a file that unpacks to more than this many times its size.")

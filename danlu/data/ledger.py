@@ -1,4 +1,4 @@
-"""What became of every row: kept, rejected, dropped, a duplicate, or in two splits; counted in the order of the inputs."""
+"""What became of every row: kept, rejected, dropped, a duplicate, in two splits; counted in the order of the inputs."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ class Totals:
 class Ledger:
     """Takes answers in order, decides which documents stay, and keeps the totals."""
 
-    def __init__(self, names: list[str], *, rejects: float, dedup: bool, watch: bool, totals: Totals | None = None) -> None:
+    def __init__(self, names: list[str], *, rejects: float, dedup: bool, watch: bool, totals: Totals | None = None
+                 ) -> None:
         self.names, self.rejects, self.dedup = names, rejects, dedup
         self.totals = totals or Totals()
         self.seen = Seen() if dedup or watch else None          # watch: texts may stand in two splits
-        self.fresh = NONE                                       # fingerprints that the last answer was the first to bring
+        self.fresh = NONE                                       # fingerprints that the last answer brought first
 
     def take(self, answer: Answer) -> NDArray[np.bool_]:
         """Count an answer; return which of its rows [n] stay.  Raises DataError when most rows are bad."""
@@ -120,8 +121,8 @@ class Ledger:
         elif totals.rejected["no_column"] * 2 > bad:
             fix = _("name the column of the text with `text`")
         raise DataError(
-            _("{bad} of {rows} rows were rejected, more than the share of {share:g} that `rejects` allows: {first}").format(
-                bad=bad, rows=totals.read, share=self.rejects, first="; ".join(totals.bad)),
+            _("{bad} of {rows} rows were rejected, more than the share of {share:g} that `rejects` allows: {first}")
+            .format(bad=bad, rows=totals.read, share=self.rejects, first="; ".join(totals.bad)),
             where=totals.bad[0].partition(" ")[0], fix=fix)
 
     def check_left(self) -> None:

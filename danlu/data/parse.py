@@ -60,7 +60,8 @@ def parse(block: Block, format: str, item: Input, *, row_bytes: int) -> Parsed:
     return out
 
 
-def _decoded(block: Block, format: str, item: Input, row_bytes: int, rejects: list[Reject]) -> Iterator[tuple[int, Any, Any]]:
+def _decoded(block: Block, format: str, item: Input, row_bytes: int, rejects: list[Reject]
+             ) -> Iterator[tuple[int, Any, Any]]:
     """Yield (line, text, label); a block of lines is decoded at once, and line by line only where that fails."""
     encoding = "utf-8" if format in ("parquet", "json", "hub") else item.encoding
     for row in block.rows:
@@ -127,7 +128,8 @@ def _check(text: Any, label: Any, item: Input) -> tuple[str, str] | None:
             return "surrogate", f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
     if item.label is None:
         return None
-    if not isinstance(label, str | int | float) or (isinstance(label, float) and not math.isfinite(label)) or label == "":
+    finite = not isinstance(label, float) or math.isfinite(label)
+    if not isinstance(label, str | int | float) or not finite or label == "":
         return "label", f"label {label!r} is neither a name nor a number"
     try:
         str(label).encode()

@@ -1,8 +1,8 @@
 """Worker processes that give their answers in the order of the questions, and are replaced when they die.
 
-Each worker is a fresh interpreter (`-m` style, not a fork, no `__main__` of the caller needed) at the other end of a socket
-pair.  It holds at most two questions: one that it works on, one that waits.  Only the newest `ahead` questions are open, so
-memory is bounded whatever the length of the stream.
+Each worker is a fresh interpreter at the other end of a socket pair: no fork, and the caller's `__main__` is not
+imported, so that a script needs no guard.  It holds at most two questions: one that it works on, one that waits.  Only
+`ahead` questions are open at a time, so memory is bounded whatever the length of the stream.
 """
 
 from __future__ import annotations
@@ -139,8 +139,9 @@ class _Pool:
         self.deaths[suspect] = self.deaths.get(suspect, 0) + 1
         if self.deaths[suspect] >= TRIES:
             place = self.name(self.questions[suspect]) if suspect in self.questions else None
-            raise DataError(_("a worker process died {n} times over the same rows (exit {code})").format(n=TRIES, code=code),
-                            where=place, fix=_("use workers: 0 to see why, or fewer workers if memory ran out"))
+            raise DataError(_("a worker process died {n} times over the same rows (exit {code})").format(
+                n=TRIES, code=code), where=place,
+                fix=_("use workers: 0 to see why, or fewer workers if memory ran out"))
         self.waiting.extendleft(reversed(worker.open))
         self.start()
 

@@ -1,11 +1,11 @@
 """Files to prepared data: read, clean, deduplicate, split, learn a tokenizer, tokenise, store as shards.
 
-The result is a pure function of the inputs and the configuration, whatever the number of processes and however often it was
-killed on the way.  Memory is bounded: blocks of 1 MiB in flight, one shard a split, and 32 bytes a row for duplicates.
+The result is a pure function of the inputs and the configuration, whatever the number of processes and however often it
+was killed on the way.  Memory is bounded: blocks of 1 MiB in flight, one shard a split, 32 bytes a row for duplicates.
 
 Inputs whose `split` is val or test are read first, so that a text that stands in both leaves training, not evaluation.
-Standard input can be read only once: with a tokenizer that is loaded and no labels it is streamed straight through (to resume,
-give the same stream again; what was done is skipped and checked); otherwise it is first copied to the output folder.
+Standard input can be read only once: with a tokenizer that is loaded and no labels it is streamed straight through (to
+resume, give the same stream again; what was done is skipped and checked); otherwise it is first copied to `out`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Prepare(Model):
         default_factory=BPE, description="Tokenizer to learn from the training rows, or {path: …} to load one.")
     rejects: float = Field(
         default=0.01, ge=0, le=1, allow_inf_nan=False, description="Largest share of rows that may be at fault.")
-    max_row_bytes: int = Field(default=ROW_BYTES, ge=1, le=1 << 30, description="Reject rows with more bytes than this.")
+    max_row_bytes: int = Field(
+        default=ROW_BYTES, ge=1, le=1 << 30, description="Reject rows with more bytes than this.")
     on_error: Literal["stop", "skip"] = Field(
         default="stop", description="What to do with a damaged file: stop, or keep what stands before the damage.")
     workers: int | None = Field(
@@ -214,8 +215,9 @@ def _later(blocks: Iterator[Block], after: dict[str, Any], found: tuple[File, ..
         if place == done:
             met = block.mark == after["mark"]
         if place > done and not met:
-            raise DataError(_("the input is not the one that the interrupted preparation read"), where=found[done[0]].path,
-                                fix=_("give the same input again, or set overwrite: true to start anew"))
+            raise DataError(_("the input is not the one that the interrupted preparation read"),
+                            where=found[done[0]].path,
+                            fix=_("give the same input again, or set overwrite: true to start anew"))
         if place > done:
             yield block
 
@@ -289,7 +291,8 @@ def _tokenizer(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | Non
     return Tokenizer.load(folder)
 
 
-def _texts(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, share: float) -> Generator[str, None, None]:
+def _texts(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, share: float
+           ) -> Generator[str, None, None]:
     """Yield the texts to learn the tokenizer from: training rows only, a `share` of them chosen by fingerprint."""
     ledger, given = job.ledger(), 0
     work = job.work("texts", bounds=bounds, sample=share)
@@ -311,11 +314,11 @@ def _refuse(job: _Job, ledger: Ledger) -> None:
 
 def _shards(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, chosen: Tokenizer
             ) -> tuple[Ledger, dict[str, list[shards.Entry]]]:
-    """Tokenise every row into shards, committing whenever one is full; return the ledger and the shards of each split."""
+    """Tokenise every row, committing whenever a shard is full; return the ledger and the shards of each split."""
     commit = state.state.get("commit")
     ledger = job.ledger(Totals.of(commit["totals"]) if commit else None)
-    shelves = {name: Shelf(job.cfg.out, name, dtype=chosen.dtype, tokens=job.cfg.shard_tokens, labels=bounds is not None)
-               for name in NAMES}
+    size, labels = job.cfg.shard_tokens, bounds is not None
+    shelves = {name: Shelf(job.cfg.out, name, dtype=chosen.dtype, tokens=size, labels=labels) for name in NAMES}
     state.restore(shelves, ledger.seen)
     numbers = {label: number for number, label in enumerate(bounds or ())}
     work = job.work("ids", bounds=bounds, tokenizer=job.cfg.out / "tokenizer")
@@ -341,9 +344,10 @@ def _store(shelves: dict[str, Shelf], answer: Answer, keep: Any, numbers: dict[s
 
 
 def _check_leaks(cfg: Prepare, ledger: Ledger) -> None:
-    if cfg.split.strict and ledger.totals.leaks:
+    totals = ledger.totals
+    if cfg.split.strict and totals.leaks:
         raise DataError(_("{n} texts stand in two splits: {first}").format(
-            n=ledger.totals.leaks.total(), first="; ".join(ledger.totals.leaked)), where=ledger.totals.leaked[0].partition(" ")[0],
+            n=totals.leaks.total(), first="; ".join(totals.leaked)), where=totals.leaked[0].partition(" ")[0],
             fix=_("take them out of one, or set split.strict: false"))
 
 
@@ -359,12 +363,15 @@ def _finish(job: _Job, state: Progress, *, config: dict[str, Any], ledger: Ledge
     for name in NAMES:
         progress.prune(job.cfg.out, name, keep=len(entries.get(name, ())))
     fault("prepare.before_manifest")
-    content = {"tokenizer": chosen.sha256, "dtype": chosen.dtype, "splits": entries, "files": [file.path for file in job.files],
-               "inputs": inputs, "counts": report["rows"], "config": config} | ({"labels": list(bounds)} if bounds else {})
+    content = {"tokenizer": chosen.sha256, "dtype": chosen.dtype, "splits": entries, "inputs": inputs, "config": config,
+               "files": [file.path for file in job.files], "counts": report["rows"]}
+    if bounds is not None:
+        content["labels"] = list(bounds)
     shards.write_manifest(job.cfg.out, content)
     state.done()
     rows = report["rows"]
-    job.say(_("{kept} documents of {read} rows ({rejected} rejected, {filtered} filtered, {duplicates} duplicates)").format(**rows))
+    job.say(_("{kept} documents of {read} rows ({rejected} rejected, {filtered} filtered, {duplicates} duplicates)")
+            .format(**rows))
     for name, counts in report["splits"].items():
         job.say(_("{name}: {documents} documents, {tokens} tokens, {ratio:.2f} bytes a token").format(
             name=name, ratio=counts["bytes"] / max(1, counts["tokens"]), **counts))

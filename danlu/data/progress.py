@@ -1,7 +1,8 @@
 """What an unfinished preparation has done, so that another process goes on from there; and which folder is whose.
 
-progress.json is written atomically, last, at each commit.  It names, under `.unfinished/`, the rows that are in no shard yet
-and how much of the append-only files counts; whatever was written after a commit is cut off by the process that resumes.
+progress.json is written atomically, last, at each commit.  It names, under `.unfinished/`, the rows that are in no
+shard yet, and how much of the append-only files counts; what was written after a commit is cut off by the one that
+resumes.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def finished(out: Path, config: Mapping[str, Any], found: Sequence[File]) -> boo
 
 def _same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     if keys := differences(old, new):
-        raise ConfigError(_("the folder was prepared with another configuration: {keys} differ").format(keys=", ".join(keys)),
-                          where=str(out), fix=_redo())
+        raise ConfigError(_("the folder was prepared with another configuration: {keys} differ").format(
+            keys=", ".join(keys)), where=str(out), fix=_redo())
 
 
 def _redo() -> str:
@@ -130,7 +131,8 @@ class Progress:
         if old.get("commit") and not overwrite:
             _same(out, old["config"], config)
             if old["inputs"] != inputs:
-                raise ConfigError(_("the inputs have changed since this preparation was interrupted"), where=str(out), fix=_redo())
+                raise ConfigError(_("the inputs have changed since this preparation was interrupted"), where=str(out),
+                                  fix=_redo())
         if not old and not overwrite:
             _refuse_strangers(out)
         if not old or differences(old["config"], config) or old["inputs"] != inputs:
@@ -159,7 +161,8 @@ class Progress:
         """Append rejects of the file `name`, and fingerprints that are new."""
         for reject in rejects:
             line = {"file": name, "line": reject.line, "reason": reject.reason, "detail": reject.detail}
-            self._logs["rejects"].write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            self._logs["rejects"].write(text.encode("utf-8", "backslashreplace"))
         if len(keys):
             lines = np.empty(len(keys), SEEN)
             lines["key"], lines["note"] = keys, notes

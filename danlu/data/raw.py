@@ -21,9 +21,9 @@ FLOOR = 64 * MIB                                    # a ratio says nothing about
 SLICE = 1024                                        # packed bytes fed to zstd at once: at most 32 MiB come out
 WINDOW = 1 << 27                                    # bytes of history a zstd frame may ask for
 MAGIC: tuple[tuple[bytes, str], ...] = (
-    (rb"\x80[\x02-\x05][\x00-\xff]", "pickle"), (rb"\x93NUMPY", "numpy"), (rb"PK\x03\x04", "zip"), (rb"\x1f\x8b\x08", "gzip"),
-    (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"PAR1", "parquet"), (rb"\xff\xfe|\xfe\xff", "UTF-16"), (rb"BZh[1-9]1AY", "bzip2"),
-    (rb"\xfd7zXZ\x00", "xz"),
+    (rb"\x80[\x02-\x05][\x00-\xff]", "pickle"), (rb"\x93NUMPY", "numpy"), (rb"PK\x03\x04", "zip"),
+    (rb"\x1f\x8b\x08", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"PAR1", "parquet"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16"), (rb"BZh[1-9]1AY", "bzip2"), (rb"\xfd7zXZ\x00", "xz"),
 )
 
 
@@ -70,7 +70,8 @@ class Raw:
             raise SecurityError(
                 _("the file unpacks to {ratio:.0f} times its size, as decompression bombs do").format(
                     ratio=self.given / self.taken),
-                where=self.file.path, fix=_("if it is sound, raise max_ratio={limit:g} of this input").format(limit=self.max_ratio))
+                where=self.file.path, fix=_("if it is sound, raise max_ratio={limit:g} of this input").format(
+                    limit=self.max_ratio))
 
 
 def opened(file: File) -> BinaryIO:
@@ -90,8 +91,9 @@ def check_magic(start: bytes, file: File) -> None:
     if found == "UTF-16":
         raise DataError(_("this is UTF-16 text"), where=file.path, fix="iconv -f UTF-16 -t UTF-8")
     if found != expected and (found or expected):
-        raise DataError(_("this is {found}, not {expected}").format(found=found or _("something else"), expected=expected or file.format),
-                        where=file.path, fix=_("unpack it, or give it the name that belongs to it (.gz, .zst, .parquet)"))
+        raise DataError(_("this is {found}, not {expected}").format(
+            found=found or _("something else"), expected=expected or file.format), where=file.path,
+            fix=_("unpack it, or give it the name that belongs to it (.gz, .zst, .parquet)"))
 
 
 def _plain(packed: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -99,7 +101,8 @@ def _plain(packed: Iterator[bytes], name: str) -> Iterator[bytes]:
     return packed
 
 
-def _broken(name: str, why: str) -> DataError:
+def broken(name: str, why: str) -> DataError:
+    """Return the error for a file that ends or breaks where it should not."""
     return DataError(_("the file is damaged or cut short: {why}").format(why=why), where=name,
                      fix=_("fetch it again, or set `on_error: skip` to keep what stands before the damage"))
 
@@ -117,13 +120,13 @@ def _gunzip(packed: Iterator[bytes], name: str) -> Iterator[bytes]:
             try:
                 out = member.decompress(rest, MIB)
             except zlib.error as error:
-                raise _broken(name, str(error)) from None
+                raise broken(name, str(error)) from None
             if out:
                 yield out
             rest = member.unused_data if member.eof else member.unconsumed_tail
             member = None if member.eof else member
     if member is not None:
-        raise _broken(name, _("the end is missing"))
+        raise broken(name, _("the end is missing"))
 
 
 def _unzstd(packed: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -142,12 +145,12 @@ def _unzstd(packed: Iterator[bytes], name: str) -> Iterator[bytes]:
                 try:
                     out = frame.decompress(rest)
                 except zstandard.ZstdError as error:
-                    raise _broken(name, str(error)) from None
+                    raise broken(name, str(error)) from None
                 if out:
                     yield out
                 rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
-        raise _broken(name, _("the end is missing"))
+        raise broken(name, _("the end is missing"))
 
 
 UNPACK: dict[str, Callable[[Iterator[bytes], str], Iterator[bytes]]] = {"": _plain, "gz": _gunzip, "zst": _unzstd}

@@ -31,7 +31,7 @@ class Shelf:
         self._tokens, self._rows = len(arrays["ids"]), len(arrays["counts"])
 
     def add(self, ids: Array, counts: Array, **columns: Array) -> bool:
-        """Append rows: ids of all [tokens], ids in each [rows], and each column [rows].  Return whether a shard was written."""
+        """Append rows: ids of all [tokens], ids in each [rows], columns [rows].  Return whether a shard was written."""
         for name, array in ("ids", ids), ("counts", counts), *columns.items():
             self._held[name].append(array)
         self._tokens += len(ids)
@@ -42,9 +42,9 @@ class Shelf:
         while len(held["counts"]) and (len(held["ids"]) >= self.limit or len(held["counts"]) >= DOCUMENTS):
             rows = int(np.searchsorted(np.cumsum(held["counts"]), self.limit)) + 1
             rows = min(rows, DOCUMENTS, len(held["counts"]))
-            self._write({name: array[: held["counts"][:rows].sum() if name == "ids" else rows] for name, array in held.items()})
-            cut = int(held["counts"][:rows].sum())
-            held = {name: array[cut if name == "ids" else rows:].copy() for name, array in held.items()}
+            ends = dict.fromkeys(held, rows) | {"ids": int(held["counts"][:rows].sum())}
+            self._write({name: array[: ends[name]] for name, array in held.items()})
+            held = {name: array[ends[name]:].copy() for name, array in held.items()}
         self._set(held)
         return True
 

@@ -25,8 +25,9 @@ def read(item: Input | str, *, row_bytes: int = ROW_BYTES, skip_broken: bool = F
         found = parse(block, file.format, chosen, row_bytes=row_bytes)
         for reject in found.rejects:
             if on_reject is None:
-                raise DataError(_("a row cannot be used ({reason}): {detail}").format(reason=reject.reason, detail=reject.detail),
-                                where=f"{file.path}:{reject.line}", fix=_("mend or remove the row"))
+                raise DataError(_("a row cannot be used ({reason}): {detail}").format(
+                    reason=reject.reason, detail=reject.detail), where=f"{file.path}:{reject.line}",
+                    fix=_("mend or remove the row"))
             on_reject(file.path, reject)
         for place, (line, text) in enumerate(zip(found.lines, found.texts, strict=True)):
             label = found.labels[place] if found.labels else None

@@ -21,11 +21,12 @@ class Split(Model):
     """How rows are shared out.
 
     hash: a keyed fingerprint of the text decides, so a row stays where it is when others come or go.  With labels and
-    `stratify`, each class has its own bounds, chosen so that its share is exact: then adding rows of a class can move the
-    few rows at that class's bound.  tail: the end of each document validates.  none: all rows train.
+    `stratify`, each class has its own bounds, chosen so that its share is exact: then adding rows of a class can move
+    the few rows at that class's bound.  tail: the end of each document validates.  none: all rows train.
     """
 
-    by: Literal["hash", "tail", "none"] = Field(default="hash", description="hash: whole rows; tail: the end of each text.")
+    by: Literal["hash", "tail", "none"] = Field(
+        default="hash", description="hash: whole rows; tail: the end of each text; none: all rows train.")
     val: float = Field(default=0.01, ge=0, lt=1, allow_inf_nan=False, description="Share that validates.")
     test: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False, description="Share that is kept for the test.")
     stratify: bool = Field(default=True, description="Give each class the same shares, where rows have labels.")
@@ -43,7 +44,7 @@ class Split(Model):
         return _bound(self.test), _bound(self.test + self.val)
 
     def exact(self, keys: NDArray[np.uint64]) -> Bounds:
-        """Return the bounds that give the shares of these keys, to the nearest row; of three keys, each share gets one."""
+        """Return the bounds that give the shares of these keys, to the nearest row; of three keys, a share gets one."""
         ranked, n = np.sort(keys), len(keys)
         tests = min(_share(self.test, n), max(0, n - 1))
         both = min(tests + _share(self.val, n), max(0, n - 1))      # one row at least is left to train on

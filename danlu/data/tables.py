@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from danlu import files
 from danlu.data.blocks import BOM, Block, Found, Reject, Row, split_lines, too_long
 from danlu.data.inputs import HUB, MIB, SUFFIXES, File, Input, kind
-from danlu.data.raw import FLOOR, Raw, check_magic
+from danlu.data.raw import FLOOR, Raw, broken, check_magic
 from danlu.errors import ConfigError, DataError, SecurityError
 from danlu.fault import fault
 from danlu.words import _
@@ -37,7 +37,8 @@ def column(wanted: str | int, names: Sequence[str], where: str) -> int:
         return list(names).index(wanted)
     near = difflib.get_close_matches(str(wanted), names, 1)
     raise DataError(
-        _("there is no column {wanted!r}; the columns are {names}").format(wanted=wanted, names=", ".join(names)), where=where,
+        _("there is no column {wanted!r}; the columns are {names}").format(wanted=wanted, names=", ".join(names)),
+        where=where,
         fix=_("set `text` (or `label`) to {near}").format(near=repr(near[0]) if near else _("one of them")))
 
 
@@ -48,7 +49,7 @@ class _Refused(Exception):
 
 
 class _Lines:
-    """Decoded lines for csv.reader.  One at fault is raised; the reader then drops its row and can be asked for the next."""
+    """Decoded lines for csv.reader.  One at fault is raised; the reader drops its row and can be asked for the next."""
 
     def __init__(self, blocks: Iterator[Block], encoding: str) -> None:
         self.line = 0
@@ -154,8 +155,7 @@ def elements(raw: Raw, row_bytes: int) -> Found:
             size += len(piece) - start
             held += piece[start:] if size <= row_bytes else b""
     if scan.begun and (scan.depth or scan.inside):
-        raise DataError(_("the file is damaged or cut short: {why}").format(why=_("a bracket is not closed")), where=path,
-                        fix=_("fetch it again, or set `on_error: skip` to keep what stands before the damage"))
+        raise broken(path, _("a bracket is not closed"))
     if scan.begun and scan.target == 0:
         raise DataError(_("the file is one object without an array under \"data\""), where=path,
                         fix=_("write [ … ] around the records, or use jsonl"))
@@ -171,7 +171,7 @@ def _begin(scan: _Scan, piece: bytes, path: str) -> None:
 
 
 def _cuts(scan: _Scan, piece: bytes, path: str) -> Iterator[tuple[int, bool]]:
-    """Yield (place of a comma or bracket that ends an element, whether it ends the array); minus the place where it begins."""
+    """Yield (where a comma or bracket ends an element, whether the array ends too); first, minus where it begins."""
     at, scan.skip = scan.skip, 0
     while at < len(piece):
         found = (INSIDE if scan.inside else OUTSIDE).search(piece, at)
@@ -191,7 +191,8 @@ def _cuts(scan: _Scan, piece: bytes, path: str) -> Iterator[tuple[int, bool]]:
                 scan.key.clear()
         elif byte in b"{[":
             if scan.closed:
-                raise DataError(_("a second value follows the first, as in JSON Lines"), where=path, fix="format: jsonl")
+                raise DataError(_("a second value follows the first, as in JSON Lines"), where=path,
+                                fix="format: jsonl")
             scan.depth += 1
             if byte == b"[" and scan.target == 0 and (scan.depth == 1 or (scan.depth == 2 and scan.key == b"data")):
                 scan.target = scan.depth
@@ -221,7 +222,8 @@ def parquet(file: File, item: Input) -> Found:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ConfigError(_("reading parquet files needs an extra"), where=file.path, fix='pip install "danlu[parquet]"') from None
+        raise ConfigError(_("reading parquet files needs an extra"), where=file.path,
+                          fix='pip install "danlu[parquet]"') from None
     with open(file.path, "rb") as handle:
         check_magic(handle.read(16), file)
     try:
@@ -241,8 +243,7 @@ def parquet(file: File, item: Input) -> Found:
                     line += 1
                     yield Row(line, one, its)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(_("the file is damaged or cut short: {why}").format(why=str(error).splitlines()[0]), where=file.path,
-                        fix=_("fetch it again, or set `on_error: skip` to keep what stands before the damage")) from error
+        raise broken(file.path, str(error).splitlines()[0]) from error
 
 
 def _batch(metadata: Any, file: File, item: Input) -> int:
@@ -264,21 +265,22 @@ def _binary(pa: Any, values: Any, file: File, name: str) -> list[bytes | None]:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise DataError(_("column {name!r} holds {kind}, not text").format(name=name, kind=values.type), where=file.path,
-                        fix=_("set `text` to the column that holds the text"))
+        raise DataError(_("column {name!r} holds {kind}, not text").format(name=name, kind=values.type),
+                        where=file.path, fix=_("set `text` to the column that holds the text"))
     found: list[bytes | None] = values.cast(pa.large_binary()).to_pylist()
     return found
 
 
 def hub(file: File, item: Input) -> Found:
-    """Yield the rows of a data set as the `datasets` library streams it; a local folder or file after hf:// needs no network.
+    """Yield the rows of a data set as the `datasets` library streams it; a local path after hf:// needs no network.
 
     Data sets that are programs are refused: version 4 and later of the library have no way to run them.
     """
     try:
         import datasets
     except ImportError:
-        raise ConfigError(_("reading hub data sets needs an extra"), where=file.path, fix='pip install "danlu[hub]"') from None
+        raise ConfigError(_("reading hub data sets needs an extra"), where=file.path,
+                          fix='pip install "danlu[hub]"') from None
     if int(datasets.__version__.split(".")[0]) < 4:
         raise ConfigError(_("the installed `datasets` could run code that comes with a data set"), where=file.path,
                           fix='pip install "datasets>=4"')
@@ -297,8 +299,9 @@ def hub(file: File, item: Input) -> Found:
     except (ConfigError, DataError):
         raise
     except Exception as error:                      # the library raises whatever its readers and the network raise
-        raise DataError(_("the data set cannot be read: {why}").format(why=f"{type(error).__name__}: {error}"), where=file.path,
-                        fix=_("check the name, `subset` and `hub_split`; a local path works without a network")) from error
+        why = f"{type(error).__name__}: {error}"
+        raise DataError(_("the data set cannot be read: {why}").format(why=why), where=file.path, fix=_(
+            "check the name, `subset` and `hub_split`; a local path works without a network")) from error
 
 
 def _hub_rows(rows: Any, file: File, item: Input) -> Found:

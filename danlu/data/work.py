@@ -1,6 +1,6 @@
 """What a worker process does with a block: parse, clean, fingerprint, choose the split, tokenise.
 
-A *document* is a text that was kept; a *row* is what goes into one split: the document, or a part of it (split by tail).
+A *document* is a text that was kept; a *row* is what goes into one split: the document, or a part of it (by tail).
 """
 
 from __future__ import annotations
@@ -155,4 +155,4 @@ class Work:
             answer.dropped["no_tokens"] += int((~kept).sum())
             answer.owner, answer.part, answer.lines = answer.owner[kept], answer.part[kept], answer.lines[kept]
             answer.bytes, answer.counts = answer.bytes[kept], answer.counts[kept]
-            answer.labels = [label for label, keep in zip(answer.labels, kept, strict=True) if keep] if answer.labels else []
+            answer.labels = [label for label, keep in zip(answer.labels, kept, strict=False) if keep]
