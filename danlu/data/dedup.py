@@ -10,7 +10,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-PARTS = 16                                          # tables that grow one at a time, so that growing needs little room
+BITS = 3
+PARTS = 1 << BITS                                   # tables that grow one at a time, so that growing needs little room
 FULL = 0.7                                          # a table grows beyond this load
 GROWTH = 1.3
 SPACE = re.compile(r"\s+")
@@ -31,7 +32,7 @@ def _folded(text: str) -> str:
 class Seen:
     """The fingerprints seen so far, each with the small number it first came with.
 
-    Takes at most 32 bytes a row (17 bytes an entry, tables 54 to 70 % full), and a sixteenth more while a table grows.
+    Takes at most 32 bytes a row (17 bytes an entry, tables 54 to 70 % full), and an eighth more while a table grows.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class Seen:
         leaders = order[new]                                    # the first row of each distinct key
         found = np.full(len(leaders), -1, np.int16)
         distinct = keys[leaders]
-        part = (distinct[:, 0] >> np.uint64(60)).astype(np.int64)
+        part = (distinct[:, 0] >> np.uint64(64 - BITS)).astype(np.int64)
         for number in np.unique(part):
             rows = np.flatnonzero(part == number)
             found[rows] = self.tables[number].add(distinct[rows], notes[leaders[rows]])
@@ -68,9 +69,10 @@ class Seen:
 
 
 class _Table:
-    """One open-addressing table with linear probing; rows of zeros are free."""
+    """One open-addressing table with double hashing; its size is prime, and rows of zeros are free."""
 
     def __init__(self, size: int) -> None:
+        size = _prime(size)
         self.keys = np.zeros((size, 2), np.uint64)
         self.notes = np.zeros(size, np.uint8)
         self.count = 0
@@ -84,18 +86,20 @@ class _Table:
     def _grow(self, count: int) -> None:
         used = self.keys.any(1)
         keys, notes = self.keys[used], self.notes[used]
-        size = max(int(len(self.keys) * GROWTH), int(count / FULL * GROWTH))
+        size = _prime(int(max(len(self.keys), count / FULL) * GROWTH))
         self.keys, self.notes, self.count = np.zeros((size, 2), np.uint64), np.zeros(size, np.uint8), 0
         self._insert(keys, notes)
 
     def _insert(self, keys: Digests, notes: NDArray[np.uint8]) -> NDArray[np.int16]:
-        keys = np.where(keys.any(1)[:, None], keys, np.array([0, 1], np.uint64))    # zeros mean free
-        slots = (keys[:, 1] % np.uint64(len(self.keys))).astype(np.int64)
+        keys = np.where(np.any(keys, axis=1, keepdims=True), keys, np.array([0, 1], np.uint64))    # zeros mean free
+        size = len(self.keys)
+        slots = (keys[:, 1] % np.uint64(size)).astype(np.int64)
+        steps = (keys[:, 0] % np.uint64(size - 1)).astype(np.int64) + 1
         found = np.full(len(keys), -1, np.int16)
         left = np.arange(len(keys))
         while len(left):
             slot, key = slots[left], keys[left]
-            free = np.all(self.keys[slot] == 0, axis=1)
+            free: NDArray[np.bool_] = np.all(self.keys[slot] == 0, axis=1)
             self.keys[slot[free]] = key[free]                   # of several that want one slot, the last gets it
             mine: NDArray[np.bool_] = np.all(self.keys[slot] == key, axis=1)
             taken = mine & free
@@ -104,5 +108,12 @@ class _Table:
             known = mine & ~free
             found[left[known]] = self.notes[slot[known]]
             left = left[~mine]
-            slots[left] = (slots[left] + 1) % len(self.keys)
+            slots[left] = (slots[left] + steps[left]) % size
         return found
+
+
+def _prime(least: int) -> int:
+    """Return the least prime from `least` on."""
+    while any(least % factor == 0 for factor in range(2, int(least**0.5) + 1)):
+        least += 1
+    return least

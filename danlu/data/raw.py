@@ -23,7 +23,7 @@ WINDOW = 1 << 27                                    # bytes of history a zstd fr
 MAGIC: tuple[tuple[bytes, str], ...] = (
     (rb"\x80[\x02-\x05][\x00-\xff]", "pickle"), (rb"\x93NUMPY", "numpy"), (rb"PK\x03\x04", "zip"),
     (rb"\x1f\x8b\x08", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"PAR1", "parquet"),
-    (rb"\xff\xfe|\xfe\xff", "UTF-16"), (rb"BZh[1-9]1AY", "bzip2"), (rb"\xfd7zXZ\x00", "xz"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16"), (rb"BZh[1-9]1AY&SY", "bzip2"), (rb"\xfd7zXZ\x00", "xz"),
 )
 
 
@@ -90,7 +90,9 @@ def check_magic(start: bytes, file: File) -> None:
                             where=file.path, fix=_("save the text as jsonl, txt or parquet"))
     if found == "UTF-16":
         raise DataError(_("this is UTF-16 text"), where=file.path, fix="iconv -f UTF-16 -t UTF-8")
-    if found != expected and (found or expected):
+    if found == "parquet" != expected:                          # "PAR1" may well open a text
+        found = ""
+    if found != expected:
         raise DataError(_("this is {found}, not {expected}").format(
             found=found or _("something else"), expected=expected or file.format), where=file.path,
             fix=_("unpack it, or give it the name that belongs to it (.gz, .zst, .parquet)"))

@@ -286,6 +286,9 @@ def hub(file: File, item: Input) -> Found:
                           fix='pip install "datasets>=4"')
     name = unquote(file.path.removeprefix(HUB))
     shown = kind(name)[0]
+    if name.startswith(("/", ".")) and not Path(name).exists():
+        raise DataError(_("there is no such file"), where=file.path,
+                        fix=_("check the path; it is taken from the current folder"))
     try:
         if Path(name).is_file():
             if not shown:
