@@ -15,8 +15,9 @@ def pack(sizes: np.ndarray, room: int) -> list[list[int]]:
     Every size is from 1 to `room`.
     """
     buckets: dict[int, list[int]] = {}
-    for index in range(len(sizes) - 1, -1, -1):
-        buckets.setdefault(int(sizes[index]), []).append(index)
+    numbers = sizes.tolist()
+    for index in range(len(numbers) - 1, -1, -1):
+        buckets.setdefault(numbers[index], []).append(index)
     left_over = sum(1 << size for size in buckets)
     rows = []
     while left_over:

@@ -40,8 +40,8 @@ def document(shards: Shards, number: int) -> dict[str, np.ndarray]:
 def row_view(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> list[list[Token]]:
     """Return the tokens of a row, a list for each segment in order; JSON-ready.
 
-    A row of a batch has `labels` too.  Where its labels are its own ids moved by one (next-token prediction), the weight
-    of a label is shown on the token that it asks for; elsewhere (masked tokens) the label is shown beside the token.
+    A row of a batch has `labels` too.  Where its labels are its own ids moved by one (next-token prediction), the
+    weight of a label is shown on the token it asks for; elsewhere (masked tokens) the label stands beside the token.
     """
     ids = np.asarray(row["ids"])
     weights = np.asarray(row.get("weights", np.ones(len(ids))))

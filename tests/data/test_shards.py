@@ -212,7 +212,8 @@ def test_fingerprint_follows_every_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ids", "values"), [
-    (np.array([70000]), ROW), (np.array([-1]), ROW), (np.array([1]), {"bytes": 1}), (np.array([1]), {**ROW, "label": 1}),
+    (np.array([70000]), ROW), (np.array([-1]), ROW), (np.array([1]), {"bytes": 1}),
+    (np.array([1]), {**ROW, "label": 1}),
 ])
 def test_the_writer_refuses_what_does_not_fit(tmp_path: Path, ids: np.ndarray, values: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"fit|needs"):
