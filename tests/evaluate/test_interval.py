@@ -23,7 +23,7 @@ def test_the_interval_of_a_normal_mean_is_the_textbook_one() -> None:
 def test_it_covers_the_truth_19_times_in_20() -> None:
     draw, hits = np.random.default_rng(1), 0
     for number in range(500):
-        lengths = draw.integers(5, 60, size=80).astype(float)            # documents of unequal length, each with its own level
+        lengths = draw.integers(5, 60, size=80).astype(float)    # documents of unequal length, each with its own level
         sums = lengths * draw.normal(3.0, 0.5, 80)
         found = estimate(sums, lengths, resamples=400, seed=number)
         assert found.low is not None and found.high is not None

@@ -77,9 +77,10 @@ def brute(folder: Path, text: str, length: int) -> tuple[float, int, int]:
     return nats, len(ids) - 1, len(text.encode()) - len(first)
 
 
-def test_a_decoder_scores_as_transformers_says(decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "result.json"
-    code = cli.main(["eval", str(decoder), "--data", str(held_out(tmp_path)), "--length", "32", "--out", str(out), "--json"])
+def test_a_decoder_scores_as_transformers_says(decoder: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    out, data = tmp_path / "result.json", str(held_out(tmp_path))
+    code = cli.main(["eval", str(decoder), "--data", data, "--length", "32", "--out", str(out), "--json"])
     printed = json.loads(capsys.readouterr().out)
     found = json.loads(out.read_text())
     nats, tokens, size = (sum(column) for column in zip(*(brute(decoder, t, 32) for t in TEXTS), strict=True))
@@ -108,7 +109,8 @@ def test_every_token_is_predicted_once_however_rows_are_cut(decoder: Path) -> No
 def test_bos_gives_the_first_token_something_to_stand_on(decoder: Path) -> None:
     subject = evaluation.open_subject(decoder)
     ids = np.concatenate([[subject.tokenizer.special.eos], subject.tokenizer.encode("ab")])
-    tally = score(subject.model, subject.tokenizer, [Document(ids, 2)], CausalLM(), length=16, device=torch.device("cpu"))
+    tally = score(subject.model, subject.tokenizer, [Document(ids, 2)], CausalLM(), length=16,
+                  device=torch.device("cpu"))
     assert (tally.first, tally.bytes) == (0, [2])
 
 
@@ -123,13 +125,15 @@ def test_weights_of_zero_are_not_counted_and_bytes_mean_nothing_then(decoder: Pa
     assert "bits_per_byte" not in tally.estimates()
 
 
-def test_an_encoder_scores_as_transformers_says(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_scores_as_transformers_says(encoder: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches that are scored go through transformers too."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForPreTraining.from_pretrained(encoder).eval()
     seen, totals = [], dict.fromkeys(("mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy"), np.zeros(2))
     real = evaluation.score.__globals__["_measured"]
-    monkeypatch.setitem(evaluation.score.__globals__, "_measured", lambda m, o, batch: seen.append(batch) or real(m, o, batch))
+    monkeypatch.setitem(evaluation.score.__globals__, "_measured",
+                        lambda m, o, batch: seen.append(batch) or real(m, o, batch))
     result = evaluation.evaluate(evaluation.open_subject(encoder), evaluation.read_text(
         str(held_out(tmp_path)), Tokenizer.load(encoder), sample_by="line", text="text"), task="t", length=32)
     for batch in seen:
