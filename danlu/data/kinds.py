@@ -2,7 +2,7 @@
 
 Text is cut into *pre-tokens* first; no token crosses their borders.  The usual GPT patterns take a whole run of Chinese
 as one pre-token, so that almost every sentence is a new "word" and training needs memory without bound.  Here every
-pre-token is bounded: runs of Han or kana by `han`, digits by `digits`, anything else by 64 characters.
+pre-token is bounded: runs of Han or kana by `han`, digits by `digits`, anything else by 64 characters (and a border).
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def pattern(han: int, digits: int) -> str:
         rf"[^\r\n\p{{L}}\p{{M}}\p{{N}}]?{letters}",
         rf"\p{{N}}{{1,{digits}}}",
         rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]{{1,{LONGEST}}}[\r\n]{{0,8}}",
-        rf"\s{{0,{LONGEST}}}[\r\n]{{1,{LONGEST}}}",
+        rf"\s{{0,{LONGEST // 2}}}[\r\n]{{1,{LONGEST // 2}}}",
         rf"\s{{1,{LONGEST}}}(?!\S)",
         rf"\s{{1,{LONGEST}}}",
     ))

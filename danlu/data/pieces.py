@@ -1,11 +1,10 @@
-"""What each id of a vocabulary looks like as bytes, and what a report on a tokenizer says."""
+"""What each id of a vocabulary looks like as bytes, which ones start a word, and which ones end a sentence."""
 
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -84,28 +83,3 @@ def ends(pieces: list[bytes]) -> np.ndarray:
     """Return which pieces end a sentence [size]: a stop, perhaps before closing quotes or brackets."""
     texts = (piece.decode("utf-8", "ignore") for piece in pieces)
     return np.array([text.rstrip().rstrip(CLOSERS).endswith(STOPS) for text in texts], bool)
-
-
-@cache
-def script(char: str) -> str:
-    """Return the script of a character by its Unicode name: Latin, Han, Kana, Hangul, Digit, Sign …"""
-    if char.isdigit():
-        return "Digit"
-    if not char.isalpha():
-        return "Sign"
-    name = unicodedata.name(char, "Other").split()[0]
-    return {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana", "KATAKANA-HIRAGANA": "Kana"}.get(name, name.title())
-
-
-def shares(text: str, spans: list[tuple[int, int]]) -> tuple[Counter[str], Counter[str]]:
-    """Return bytes and tokens by script; a token belongs to the script of the first letter it covers."""
-    sizes: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    last = 0
-    for start, end in spans:
-        cover = text[start:end]
-        name = next((s for c in cover if (s := script(c)) != "Sign"), "Sign")
-        tokens[name] += 1
-        sizes[name] += len(text[max(start, last) : end].encode())     # parts of one character share its span
-        last = max(last, end)
-    return sizes, tokens

@@ -94,6 +94,11 @@ class Tokenizer:
             self._refuse_leak(text, ids)
         return result
 
+    def encode_spans(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Return the ids of `text` [n] and the characters start:end that each stands for."""
+        found = self._data.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int64), found.offsets
+
     def frame(self, ids: np.ndarray) -> np.ndarray:
         """Return the ids of a document: with bos before and eos after where this tokenizer adds them."""
         before = [self.special.bos] if self.add_bos else []
@@ -289,20 +294,24 @@ def _character_table(content: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def _for_data(content: Mapping[str, Any], special: set[int]) -> Raw:
-    """Return the same rules without special tokens: neither matched as added tokens nor found as vocabulary entries.
+    """Return the same rules, but with special tokens not matched in text.
 
-    The entries stay, so that ids stay, under a spelling with line breaks and spaces that no pre-token has.
+    Where plain text can still become one (a Unigram or word vocabulary that lists `<mask>`), its entry keeps its id but
+    is spelt with line breaks and spaces, as no pre-token is.
     """
+    raw = Raw.from_str(json.dumps({**content, "post_processor": None}))
+    raw.encode_special_tokens = True
+    if not _leaks(raw, raw, special) or content["model"]["type"] == "BPE":
+        return raw
     model = dict(content["model"])
     if model["type"] == "Unigram":
         model["vocab"] = [[f"\n \n{t}" if i in special else t, s] for i, (t, s) in enumerate(model["vocab"])]
-    elif model["type"] in ("WordLevel", "WordPiece"):
+    else:
         unknown = model["unk_token"]
         model["vocab"] = {f"\n \n{t}" if i in special and t != unknown else t: i for t, i in model["vocab"].items()}
-    plain = [t for t in content["added_tokens"] if not t["special"]]
-    raw = Raw.from_str(json.dumps({**content, "model": model, "post_processor": None, "added_tokens": plain}))
-    raw.encode_special_tokens = True
-    return raw
+    plain = [t for t in content["added_tokens"] if t["id"] not in special]
+    spelt = Raw.from_str(json.dumps({**content, "model": model, "post_processor": None, "added_tokens": plain}))
+    return spelt if all(spelt.token_to_id(t["content"]) == t["id"] for t in plain) else raw
 
 
 def _leaks(data: Raw, raw: Raw, special: set[int]) -> set[int]:

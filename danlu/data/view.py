@@ -98,7 +98,7 @@ def show(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, ids: bool = Fal
     console.print(Text(_("{n} tokens, {learned} of them carry loss").format(n=len(tokens), learned=learned)
                        + (f" ({places})" if places else "")))
     for line in lines:
-        text = Text(f"[{line[0]['segment']}] ", style="bold")
+        text = Text.assemble((f"[{line[0]['segment']}] ", "bold"))
         for place, token in enumerate(line):
             text.append_text(_drawn(token, place % 2, ids))
         console.print(text, soft_wrap=True)
@@ -106,7 +106,7 @@ def show(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, ids: bool = Fal
 
 def _drawn(token: Token, turn: int, ids: bool) -> Text:
     shown = token["text"].replace("\n", "⏎\n").replace("\t", "⇥\t")
-    text = Text(shown, style=SHADES[turn] if token["weight"] else SILENT[turn])
+    text = Text.assemble((shown, SHADES[turn] if token["weight"] else SILENT[turn]))
     if "label" in token:
         text.append(f"→{token['label']}", style="bold red")
     if ids:
