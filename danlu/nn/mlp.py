@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
+SLAB = 1 << 16      # elements; a quarter of a megabyte in float32
 _C, _A = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
@@ -52,28 +53,37 @@ def gelu_tanh(x: Tensor, path: str) -> Tensor:
     """Return x/2·(1 + tanh(sqrt(2/pi)(x + 0.044715x³))), by torch's kernel or as x·sigmoid of twice the argument."""
     if path == "torch":
         return F.gelu(x, approximate="tanh")
-    return _SigmoidGelu.apply(x)                                # type: ignore[no-any-return, no-untyped-call]
+    if torch.compiler.is_compiling():                           # the compiler fuses this by itself
+        return x * torch.sigmoid((x * x * (_A * _C) + _C) * x)
+    out: Tensor = _SigmoidGelu.apply(x, torch.is_grad_enabled() and x.requires_grad)                         # type: ignore[no-untyped-call]
+    return out
 
 
 class _SigmoidGelu(torch.autograd.Function):
-    """(1 + tanh u)/2 = sigmoid(2u): the same function, and on a CPU a sigmoid takes less than a tanh."""
+    """(1 + tanh u)/2 = sigmoid(2u).  The slope is made along with the value, and kept in place of x.
+
+    On a CPU both are made slab by slab: light passes over what is in the cache beat one heavy pass over what is not.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        gate = torch.sigmoid_(_inner(x))
-        ctx.save_for_backward(x, gate)
-        return x * gate
+    def forward(ctx: Any, x: Tensor, learning: bool) -> Tensor:
+        flat = x.contiguous().view(-1)
+        out, slope = torch.empty_like(flat), torch.empty_like(flat) if learning else None
+        for start in range(0, len(flat), SLAB if x.device.type == "cpu" else max(1, len(flat))):
+            here = slice(start, start + SLAB) if x.device.type == "cpu" else slice(None)
+            piece = flat[here].to(torch.promote_types(x.dtype, torch.float32))
+            double = torch.addcmul(piece.new_full((), _C), piece, piece, value=_A * _C).mul_(piece)     # 2u
+            gate = torch.sigmoid(double)
+            torch.mul(piece, gate, out=out[here])
+            if slope is not None:                               # gate + x·d(2u)/dx·gate·(1 - gate), x·d(2u)/dx = 6u - 2cx
+                rest = torch.ops.aten.sigmoid_backward(double.add_(piece, alpha=-2 * _C / 3), gate)
+                torch.add(gate, rest, alpha=3, out=slope[here])
+        if slope is not None:
+            ctx.save_for_backward(slope.view(x.shape))
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, gate = ctx.saved_tensors
-        slope = (x * x).mul_(3 * _A * _C).add_(_C).mul_(x)      # x·d(2u)/dx
-        slope.mul_(1 - gate).add_(1).mul_(gate)                 # gate·(1 + x·2u'·(1 - gate))
-        out: Tensor = slope.mul_(grad)
-        return out
-
-
-def _inner(x: Tensor) -> Tensor:
-    """Return 2u = 2·sqrt(2/pi)·(x + 0.044715x³), a new tensor."""
-    return (x * x).mul_(_A * _C).add_(_C).mul_(x)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
