@@ -91,10 +91,7 @@ class Encoder(Model):
             raise ValueError(
                 _("there is no preset {name!r}; there are {names}").format(name=name, names=", ".join(PRESETS)))
         sized = PRESETS.get(str(name), {}) | given
-        sized = FAMILIES.get(str(sized.get("family", "bert")), {}) | sized
-        if isinstance(sized.get("outputs"), list):                  # JSON has no tuples, and strict takes no lists
-            sized["outputs"] = tuple(sized["outputs"])
-        made = handler(sized)
+        made = handler(FAMILIES.get(str(sized.get("family", "bert")), {}) | sized)
         object.__setattr__(made, "__pydantic_fields_set__", set(given))     # so that a written recipe stays as short
         return made
 

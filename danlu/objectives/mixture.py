@@ -29,17 +29,8 @@ class Part(Model):
 
 
 def spell_out(value: Any) -> Any:
-    """Return `[masked_lm, next_sentence]` as the mixture it stands for; anything else as it is.
-
-    Lists become tuples: pydantic takes what a validator returns for Python, not JSON, and is strict about it.
-    """
-    return _tuples({"kind": "mixture", "parts": value} if isinstance(value, list | tuple) else value)
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+    """Return `[masked_lm, next_sentence]` as the mixture it stands for; anything else as it is."""
+    return {"kind": "mixture", "parts": value} if isinstance(value, list | tuple) else value
 
 
 def _part(value: Any) -> Any:

@@ -162,6 +162,17 @@ def test_whole_words_go_together():
     assert (batch["weights"] > 0).sum() / (200 * 110) == pytest.approx(0.15, rel=0.02)
 
 
+def test_no_word_reaches_over_a_border():
+    """Not into the next document, nor over a token that is only read, even if no token is said to begin a word."""
+    nothing_begins = vocab(starts=np.zeros(SIZE, bool))
+    rows = [row([10, 11], [12, 13], [14, 15, 16], weights=[1, 1, 1, 1, 1, 0, 1], key=k) for k in range(200)]
+    batch = MaskedLM(whole_word=True, rate=0.4).collate(rows, nothing_begins, rng(), 13)
+    hidden = batch["weights"].numpy() > 0
+    words = hidden[:, [1, 2]], hidden[:, [5, 6]], hidden[:, [9]], hidden[:, [11]]
+    assert all((word == word[:, :1]).all() for word in words)
+    assert len(np.unique(np.concatenate([word[:, :1] for word in words], 1), axis=0)) > 5
+
+
 @pytest.mark.parametrize("objective", [CausalLM(), MaskedLM(), MaskedLM(whole_word=True)])
 def test_any_split_gives_the_same_columns(objective):
     rows = [row(text(5 + i, i), text(9 - i, i + 50), key=i) for i in range(8)]
