@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from danlu.errors import ConfigError
+from danlu.words import _
+
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start(*, threads: int | None, device: str) -> torch.device:
-    """Make the process ready: threads, memory allocator, device.  Returns the device; ValueError if it is absent."""
+    """Make the process ready: threads, memory allocator, device.  Returns the device; ConfigError if it is absent."""
     if threads is not None:
         torch.set_num_threads(threads)
     _keep_memory()
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: no CUDA device is visible; set device=cpu or auto")
+        raise ConfigError(_("no CUDA device is visible"), where="device", fix=_("set device=cpu or auto"))
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         torch.backends.cuda.matmul.allow_tf32 = False
         return torch.device("cuda", torch.cuda.current_device())
+    _bound_memory()
     return torch.device("cpu")
+
+
+def _bound_memory() -> None:
+    """Let an allocation fail that the machine cannot back, so that the run ends with advice and not by the kernel's hand.
+
+    Only private memory counts (RLIMIT_DATA): mapped data sets may be larger than the machine.
+    """
+    if sys.platform != "linux":
+        return
+    words = {line.split(":")[0]: line.split()[1] for file in ("/proc/self/status", "/proc/meminfo")
+             for line in Path(file).read_text().splitlines() if line.startswith(("VmData", "MemAvailable"))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = (int(words["VmData"]) + int(words["MemAvailable"])) * 1024
+    if soft == resource.RLIM_INFINITY or bound < soft:
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
 
 
 def _keep_memory() -> None:

@@ -197,6 +197,11 @@ def chosen(path: Path) -> Path:
     return path / "ema" if (path / "ema").is_dir() else path
 
 
+def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Return the model of a run (its best checkpoint), a checkpoint or a Hugging Face folder, ready to evaluate."""
+    return weights.load(chosen(Path(path)), device=device).eval()
+
+
 def load(path: Path, module: nn.Module, optimizer: Optimizer | None = None, *,
          ema: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Fill the module, the optimizer and the averaged weights from a verified checkpoint; return its state."""

@@ -132,10 +132,10 @@ def overlap(train: Sequence[Shards], held_out: Shards, *, most: int = 100_000) -
     looked_for: dict[bytes, int] = {}
     for number in range(min(held_out.documents, most)):
         looked_for.setdefault(_hash(held_out.document(number).ids), number)
-    lengths = np.unique(held_out.lengths()[:most])
+    signatures = np.unique(held_out.signatures()[:most])
     found: set[int] = set()
     for shards in train:
-        for number in np.flatnonzero(np.isin(shards.lengths(), lengths)):
+        for number in np.flatnonzero(np.isin(shards.signatures(), signatures)):
             same = looked_for.get(_hash(shards.document(int(number)).ids))
             if same is not None:
                 found.add(same)

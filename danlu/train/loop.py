@@ -58,6 +58,7 @@ class Plan:
     evaluate: int
     save: int
     sample: int
+    best: bool                                           # save when an evaluation is the best so far
     patience: int | None
     min_delta: float
     metric: str
@@ -81,7 +82,7 @@ def fit(engine: Engine, optimizer: Optimizer, feed: Iterator[Fed], plan: Plan, h
         progress: Progress, metrics: Metrics, recorded: dict[int, str], asked: Asked, out: Path) -> Progress:
     """Train from `progress` to `plan.total` steps, or until the patience ends or a signal asks; return the progress."""
     live, clock = LiveLine(), _Clock()
-    moved_at = min(plan.total, progress.step + guards.MOVED_AFTER)
+    moved_at = min(plan.total, _warm(plan) + guards.MOVED_AFTER)
     before = guards.fingerprint(engine.model)
     if progress.step == 0:
         _evaluate(plan, hooks, progress, metrics)
@@ -117,7 +118,8 @@ def fit(engine: Engine, optimizer: Optimizer, feed: Iterator[Fed], plan: Plan, h
             say(_("stopped early at step {step}: {metric} has not fallen for {n} evaluations").format(
                 step=progress.step, metric=plan.metric, n=progress.waited))
             break
-        if _due(progress.step, plan.save, plan.total):
+        best = plan.best and progress.best_step == progress.step
+        if _due(progress.step, plan.save, plan.total) or (best and progress.step < plan.total):
             hooks.save(progress, False)
         if asked.signal:
             live.end()
@@ -126,6 +128,12 @@ def fit(engine: Engine, optimizer: Optimizer, feed: Iterator[Fed], plan: Plan, h
                 step=progress.step), signal=asked.signal)
     live.end()
     return progress
+
+
+def _warm(plan: Plan) -> int:
+    """Return the first step whose learning rate is at least half of what the schedule reaches."""
+    factors = [plan.schedule.at(step, plan.total) for step in range(min(plan.total, 100_000))]
+    return next(step for step, factor in enumerate(factors) if factor >= 0.5 * max(factors))
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -35,6 +35,7 @@ class Every(Model):
     evaluate: int = Field(0, ge=0, description="Measure the loss on `eval`; also done at the start and the end.")
     save: int = Field(0, ge=0, description="Write a checkpoint; also done at the end.")
     sample: int = Field(0, ge=0, description="Show a text the model writes.")
+    best: bool = Field(True, description="Also write a checkpoint when an evaluation is the best so far.")
     keep: int = Field(2, ge=2, description="Checkpoints kept; the best and the last two verified ones always stay.")
 
 

@@ -1,0 +1,106 @@
+"""Checkpoints as the loop asks for them: copied in memory, written by a thread, the best kept, the first one tried."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from danlu import config
+from danlu.errors import NumericError, ResourceError
+from danlu.log import duration, say
+from danlu.models.build import build
+from danlu.nn import paths
+from danlu.train import checkpoint, receipt
+from danlu.train.feed import Steps
+from danlu.train.loop import Progress
+from danlu.train.recipe import Run
+from danlu.train.setup import Data, Work
+from danlu.train.step import Engine
+from danlu.words import _
+
+
+class Saver:
+    """Writes checkpoints for the loop: copies the state, lets a thread write it, keeps the best."""
+
+    def __init__(self, run: Run, work: Work, data: Data, choice: paths.Choice, *, last: Path | None = None) -> None:
+        self.run, self.work, self.data, self.choice = run, work, data, choice
+        self.writer = checkpoint.Writer(run.out, done=self.written)
+        self.at: float | None = None
+        self.last = last
+        self.lost: str | None = None
+
+    def snapshot(self, progress: Progress, *, own: bool) -> checkpoint.Snapshot:
+        """Return the state of the run now."""
+        run, work = self.run, self.work
+        state = {"global_step": progress.step, "max_steps": work.plan.total, "best_metric": progress.best,
+                 "best_global_step": progress.best_step, "progress": progress.record(),
+                 "scaler": work.engine.scaler.state_dict() if work.engine.scaler else None}
+        facts = {"run": config.dump(run), "tokenizer": self.data.tokenizer.sha256, "data": self.data.fingerprint,
+                 "precision": run.precision, "choice": self.choice.record(), **receipt.machine(),
+                 "parent": self.last.name if self.last else None}
+        return checkpoint.snapshot(progress.step, run.model, work.model, work.optimizer, ema=work.ema, state=state,
+                                   facts=facts, tokenizer=self.data.folder, copy=self.writer.spare, own=own)
+
+    def save(self, progress: Progress, wait: bool) -> None:
+        """Begin to save, unless this step is on disk; training goes on unless `wait`."""
+        self.writer.wait()
+        if self.last is None or self.last.name != f"checkpoint-{progress.step}":
+            self.writer.submit(self.snapshot(progress, own=not wait), wait=wait)
+        self.poll()
+
+    def written(self, path: Path) -> None:
+        self.last, self.at = path, time.monotonic()
+        best = self.work.progress.best_step
+        checkpoint.prune(self.run.out, keep=self.run.every.keep,
+                         best=self.run.out / f"checkpoint-{best}" if best is not None else None)
+
+    def age(self) -> str:
+        return duration(time.monotonic() - self.at) if self.at is not None else ""
+
+    def poll(self) -> None:
+        """Tell of a save that failed."""
+        error = self.writer.poll()
+        if error is None:
+            return
+        self.lost = str(error)
+        say(_("warning: a checkpoint could not be written: {why}").format(why=error))
+        if self.writer.failures >= 2:
+            say(_("warning: {n} saves in a row have failed; a crash now loses the work since the last one").format(
+                n=self.writer.failures))
+
+    def finish(self, progress: Progress) -> Path:
+        """Save the last state; raise ResourceError if the run ends without it on disk."""
+        self.lost = None
+        self.save(progress, True)
+        self.writer.wait()
+        self.poll()
+        if self.lost is not None or self.last is None:
+            raise ResourceError(_("training ended, but its last checkpoint could not be written: {why}").format(why=self.lost),
+                                where=str(self.run.out), fix=_("free some space and run the same command again"))
+        return self.last
+
+
+def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
+    """Save the first state, load it into a fresh model and compare the loss of one batch; raise NumericError if it differs."""
+    saver = Saver(run, work, data, choice)
+    saver.finish(work.progress)
+    assert saver.last is not None
+    batch, _after = next(iter(Steps(work.rows, run.objective, data.tokenizer.special, per_step=1, length=run.length,
+                                    seed=run.seed, position=work.progress.position)))
+    batch = work.engine.to_device(batch)
+    work.model.eval()
+    with torch.no_grad():
+        before = work.engine.sums(batch)
+        fresh = build(run.model)
+        fresh.to_empty(device=work.engine.device)
+        checkpoint.load(saver.last, fresh)
+        fresh.use(choice)
+        fresh.eval()
+        other = Engine(fresh, run.objective, device=work.engine.device, precision=run.precision, micro=1, clip=None, seed=0)
+        after = other.sums(batch)
+    work.model.train()
+    if not torch.allclose(before, after, rtol=1e-5, atol=0):
+        raise NumericError(_("the first checkpoint does not reload to the same loss: {a} saved, {b} reloaded").format(
+            a=before.tolist(), b=after.tolist()), where=str(saver.last))

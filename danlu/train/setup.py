@@ -1,0 +1,190 @@
+"""What a run is made of: data opened and checked, the model built, everything ready for the first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from danlu import chance, config, files, parallel
+from danlu.data.shards import Shards, read_manifest
+from danlu.data.stream import Mixed, Stream
+from danlu.data.tokenizer import Tokenizer
+from danlu.errors import IncompatibleError
+from danlu.log import count, say
+from danlu.models import weights
+from danlu.models.build import build
+from danlu.nn import paths
+from danlu.train import checkpoint, guard, receipt
+from danlu.train.feed import stream
+from danlu.train.loop import Plan, Progress
+from danlu.train.recipe import Run, Source
+from danlu.train.step import Engine
+from danlu.words import _
+
+
+@dataclass
+class Data:
+    """Opened data: training parts, held-out parts, the one tokenizer they share."""
+
+    train: list[Shards]
+    held_out: list[Shards]
+    tokenizer: Tokenizer
+    folder: Path                                         # of the tokenizer
+    fingerprint: str
+    shares: tuple[float, ...]
+
+
+def open_data(run: Run) -> Data:
+    """Open and verify the prepared folders of `run`.  Raises DataError or IncompatibleError."""
+    def opened(source: Source) -> Shards:
+        return Shards(source.path, source.split, verify=run.verify == "full")
+
+    train = [opened(source) for source in run.data]
+    held_out = [opened(source) for source in run.eval] or [
+        opened(s.model_copy(update={"split": "val"})) for s in run.data if "val" in read_manifest(s.path)["splits"]]
+    held_out = [shards for shards in held_out if shards.documents]
+    folders = {str(s.path): Tokenizer.load(s.path / "tokenizer") for s in (*run.data, *run.eval)}
+    if run.start is not None and (run.start / "tokenizer.json").is_file():
+        folders[str(run.start)] = Tokenizer.load(run.start)
+    hashes = {t.sha256 for t in folders.values()}
+    if len(hashes) > 1:
+        raise IncompatibleError(
+            _("the tokenizers differ: {hashes}").format(
+                hashes=", ".join(f"{p} {t.sha256[:12]}" for p, t in folders.items())),
+            fix=_("prepare the data with the tokenizer of the model: name its folder under `tokenizer`"))
+    first = str(run.data[0].path)
+    return Data(train, held_out, folders[first], run.data[0].path / "tokenizer",
+                files.digest([s.fingerprint for s in train]), tuple(s.weight for s in run.data))
+
+
+def settle(run: Run, data: Data, device: torch.device, found: Path | None) -> tuple[Run, paths.Choice]:
+    """Fill in what the recipe leaves to the data and the machine; a resumed run takes what it had before."""
+    special = data.tokenizer.special
+    changes: dict[str, Any] = {}
+    if run.start is not None:
+        model = weights.read_config(run.start)
+        if model.kind == "encoder":
+            model = model.with_heads(run.objective.heads)
+        changes["model"] = model
+    elif run.model is not None:
+        model = run.model.filled(vocab=special.size, heads=run.objective.heads, pad=special.pad)
+        changes["model"] = model
+    top = max(shards.top for shards in (*data.train, *data.held_out))
+    if model.vocab < special.size or model.vocab <= top:
+        raise IncompatibleError(
+            _("the tokenizer has {n} ids and the model {m}").format(n=max(special.size, top + 1), m=model.vocab),
+            fix=_("set model.vocab={n}, or use the tokenizer the model was trained with").format(n=special.size))
+    before = files.read_json(found / "manifest.json") if found else {}
+    if run.precision == "auto":
+        changes["precision"] = before.get("precision") or parallel.fastest(device)
+    run = run.model_copy(update=changes)
+    if before.get("choice"):
+        return run, paths.Choice.restore(before["choice"])
+    rows = max(1, run.step_rows // run.layout.micro)
+    shape = (rows, model.heads, run.length, model.width // model.heads)
+    return run, paths.choose(device, parallel.DTYPES[run.precision], shape, causal=model.kind == "decoder")
+
+
+def make_model(run: Run, choice: paths.Choice, device: torch.device) -> nn.Module:
+    """Return the model with its first weights: random by the seed, or those of `start`."""
+    if run.start is not None:
+        model = weights.load(run.start, device=device, heads=run.objective.heads)
+    else:
+        model = build(run.model)
+        model.to_empty(device=device)
+        model.init(run.seed)
+    model.use(choice)
+    model.train()
+    return parallel.shard(model, recompute=run.recompute, compile=run.compile)
+
+
+@dataclass
+class Work:
+    """A run in the making: what the loop needs, and how far it is."""
+
+    model: nn.Module
+    engine: Engine
+    optimizer: Optimizer
+    ema: dict[str, Tensor] | None
+    rows: Stream | Mixed
+    plan: Plan
+    guard: guard.Guard
+    progress: Progress
+
+
+def assemble(run: Run, data: Data, model: nn.Module, device: torch.device) -> Work:
+    """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
+    engine = Engine(model, run.objective, device=device, precision=run.precision, micro=run.layout.micro,
+                    clip=run.clip, seed=run.seed)
+    optimizer = run.optim.build((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    streams = [stream(s, run.objective, length=run.length, overlong=run.overlong, pack=run.pack and run.objective.packs,
+                      seed=chance.torch_seed(run.seed, "order", (i,))) for i, s in enumerate(data.train)]
+    for source, part in zip(run.data, streams, strict=True):
+        guard.check_source(part, str(source.path))
+    rows = streams[0] if len(streams) == 1 else Mixed(streams, data.shares, seed=run.seed)
+    total = run.steps or math.ceil(sum(s.rows(0) for s in streams) * (run.epochs or 1) / run.step_rows)
+    guard.check_schedule(run.schedule, total)
+    every = run.every
+    plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
+                save=every.save, sample=every.sample, best=every.best, patience=run.stop.patience if run.stop else None,
+                min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.stop.metric if run.stop else "eval/loss",
+                flops=model.flops(run.length) * run.step_rows * run.length,
+                peak=parallel.peak(device, run.precision))
+    ema = {n: p.detach().clone() for n, p in model.state_dict().items()} if run.ema else None
+    watch = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike)
+    return Work(model, engine, optimizer, ema, rows, plan, watch, Progress(position=rows.begin()))
+
+
+def resume(run: Run, work: Work, found: Path, data: Data) -> None:
+    """Fill `work` from a checkpoint.  Raises IncompatibleError if its data or tokenizer are others."""
+    manifest = files.read_json(found / "manifest.json")
+    for name, now in (("tokenizer", data.tokenizer.sha256), ("data", data.fingerprint)):
+        if manifest[name] != now:
+            raise IncompatibleError(
+                _("the {what} has changed: {then} then, {now} now").format(what=name, then=manifest[name][:12], now=now[:12]),
+                where=str(found), fix=_("give the data the run began with, or choose another `out`"))
+    if weights.read_config(found) != run.model:
+        raise IncompatibleError(_("the model is not the one the run began with"), where=str(found),
+                                fix=_("give the model of {file}, or choose another `out`").format(file=run.out / "recipe.yaml"))
+    state = checkpoint.load(found, work.model, work.optimizer, ema=work.ema)
+    known = {f.name for f in fields(Progress)}
+    work.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
+    work.progress.position = work.rows.restore(work.progress.position)
+    work.guard = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike,
+                             history=work.progress.history, skipped=work.progress.skipped)
+    if work.engine.scaler is not None and state.get("scaler"):
+        work.engine.scaler.load_state_dict(state["scaler"])
+    changed = receipt.differences(manifest["run"], config.dump(run))
+    if changed:
+        say(_("resuming with other settings than the run began with: {changes}").format(changes="; ".join(changed)))
+    say(_("resuming from {checkpoint}").format(checkpoint=found.name))
+
+
+def begin(run: Run, work: Work, data: Data, metrics: Metrics, choice: paths.Choice) -> None:
+    """Write the receipt, say the plan, and look for evaluation rows in the training data."""
+    parameters = sum(p.numel() for p in work.model.parameters())
+    shared = {}
+    for shards in data.held_out:
+        shared[str(shards.folder / shards.split)] = guard.check_overlap(data.train, shards, share=run.guard.overlap)
+    receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.held_out)], tokenizer=data.tokenizer.sha256,
+                  parameters=parameters, choice=choice.record(), audit={"overlap": shared, "rows": work.rows.counts})
+    say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "
+          "{threads} threads").format(
+        model=run.model.kind, parameters=count(parameters), total=work.plan.total, rows=run.step_rows, length=run.length,
+        precision=run.precision, device=work.engine.device.type, threads=torch.get_num_threads()))
+    lost = work.rows.counts
+    if lost["split"] or lost["dropped"] or lost["cut"]:
+        say(_("documents longer than a row: {split} split, {dropped} dropped, {cut} cut; {tokens} tokens are not learned "
+              "from").format(split=lost["split"], dropped=lost["dropped"], cut=lost["cut"], tokens=lost["tokens_lost"]))
+
+
+def record(shards: Shards) -> dict[str, Any]:
+    """Return what the receipt says of one part of the data."""
+    return {"path": str(shards.folder), "split": shards.split, "documents": shards.documents, "tokens": shards.tokens,
+            "fingerprint": shards.fingerprint}
