@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from danlu.data.inputs import MIB
 from danlu.data.raw import Raw
+from danlu.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 
@@ -89,14 +90,18 @@ def cut_lines(file: int, raw: Raw, row_bytes: int, *, bom: bool) -> Iterator[Blo
 
 
 def gather(found: Found, file: int, mark: Callable[[], str]) -> Iterator[Block]:
-    """Gather rows into blocks of about 1 MiB."""
+    """Gather rows into blocks of about 1 MiB; what was found before an error is given before it is raised."""
     rows, rejects, blank, size = list[Row](), list[Reject](), 0, 0
 
     def block() -> Block:
         first = min([row.line for row in rows[:1]] + [reject.line for reject in rejects[:1]], default=1)
         return Block(file, first, rows=tuple(rows), rejects=tuple(rejects), blank=blank, mark=mark())
 
-    for one in found:
+    for one in _until_broken(found):
+        if isinstance(one, DataError):
+            if rows or rejects or blank:
+                yield block()
+            raise one
         if isinstance(one, Row):
             rows.append(one)
             size += 64 + (len(one.text) if isinstance(one.text, str | bytes) else 0)
@@ -109,6 +114,13 @@ def gather(found: Found, file: int, mark: Callable[[], str]) -> Iterator[Block]:
             rows, rejects, blank, size = [], [], 0, 0
     if rows or rejects or blank:
         yield block()
+
+
+def _until_broken(found: Found) -> Iterator[Row | Reject | DataError | None]:
+    try:
+        yield from found
+    except DataError as error:
+        yield error
 
 
 def split_lines(block: Block) -> Iterator[tuple[int, int, bytes]]:

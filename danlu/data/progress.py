@@ -197,8 +197,10 @@ class Progress:
                 shelf.restore(entries, mapped.read(self.hidden / one["file"], one["bytes"]))
             prune(self.out, split, keep=len(shelf.entries))
         if commit and seen is not None:
+            left = commit["logs"]["seen"]                       # what lies beyond was written after the commit
             with (self.hidden / "seen.bin").open("rb") as file:
-                while data := file.read(SEEN.itemsize << 16):
+                while data := file.read(min(left, SEEN.itemsize << 16)):
+                    left -= len(data)
                     lines = np.frombuffer(data, SEEN)
                     seen.add(np.ascontiguousarray(lines["key"]), np.ascontiguousarray(lines["note"]))
 

@@ -15,11 +15,16 @@ from danlu.data.dedup import Seen, digests
 @settings(max_examples=100, deadline=None)
 def test_seen_equals_a_dict(batches: list[list[tuple[int, int]]]) -> None:
     seen, known = Seen(), dict[int, int]()
+
+    def add(number: int, note: int) -> int:
+        before = known.get(number, -1)
+        known.setdefault(number, note)
+        return before
+
     for batch in batches:
         keys = digests([str(number) for number, _note in batch])
         got = seen.add(keys, np.array([note for _number, note in batch], np.uint8))
-        wanted = [known[number] if number in known else [known.setdefault(number, note), -1][1] for number, note in batch]
-        assert got.tolist() == wanted
+        assert got.tolist() == [add(number, note) for number, note in batch]
     assert len(seen) == len(known)
 
 
