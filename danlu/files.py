@@ -144,7 +144,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 def inside(root: Path, name: str) -> Path:
     """Return root/name, refusing a name that would leave `root`."""
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()) or "\0" in name:
+    path = root if "\0" in name else (root / name).resolve()
+    if "\0" in name or not path.is_relative_to(root.resolve()):
         raise SecurityError(_("the name {name!r} leaves its folder").format(name=name), where=str(root))
     return path

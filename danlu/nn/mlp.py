@@ -75,7 +75,7 @@ class _SigmoidGelu(torch.autograd.Function):
             double = torch.addcmul(piece.new_full((), _C), piece, piece, value=_A * _C).mul_(piece)     # 2u
             gate = torch.sigmoid(double)
             torch.mul(piece, gate, out=out[here])
-            if slope is not None:                               # gate + x·d(2u)/dx·gate·(1 - gate), x·d(2u)/dx = 6u - 2cx
+            if slope is not None:                               # gate + x·(2u)'·gate·(1 - gate), and x·(2u)' = 6u - 2cx
                 rest = torch.ops.aten.sigmoid_backward(double.add_(piece, alpha=-2 * _C / 3), gate)
                 torch.add(gate, rest, alpha=3, out=slope[here])
         if slope is not None:

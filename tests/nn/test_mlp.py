@@ -11,7 +11,8 @@ from danlu.nn.mlp import MLP, activate, gelu_tanh
 
 
 @pytest.mark.parametrize(("dtype", "value", "slope"), [(torch.float64, 1e-13, 1e-13), (torch.float32, 1e-6, 4e-6)])
-def test_the_paths_of_gelu_are_equal(dtype: torch.dtype, value: float, slope: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paths_of_gelu_are_equal(dtype: torch.dtype, value: float, slope: float,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp, "SLAB", 1000)
     x = torch.linspace(-12, 12, 10_001, dtype=dtype).requires_grad_()
     slow, fast = gelu_tanh(x, "torch"), gelu_tanh(x, "sigmoid")
