@@ -203,7 +203,7 @@ def sockets() -> list[str]:
 
 
 def folders(here: Path) -> Iterator[Fact]:
-    """Yield each run, prepared or model folder below `here`: who else may read or change it, and pickles that lie in it."""
+    """Yield each run, prepared or model folder below `here`: who else may read or change it, and pickles in it."""
     for root, inner, names in os.walk(here):
         path = Path(root)
         depth = len(path.relative_to(here).parts)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danlu.data.shards import Shards
+from danlu.data.tokenizer import Tokenizer
 from danlu.objectives.protocol import Batch, Objective
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums and counts per term over a data set, batch by batch; `bytes` = UTF-8 bytes of its text, 0 = unknown."""
+    """Sums and counts per term over a data set, batch by batch; `bytes` = UTF-8 size of what is predicted, 0 = unknown."""
 
     terms: tuple[str, ...]
     scales: tuple[float, ...]
@@ -41,6 +43,16 @@ class Loss:
         if self.terms[0] == "lm" and self.bytes:
             result[f"{prefix}bits_per_byte"] = float(self.sums[:, 0].sum()) / math.log(2) / self.bytes
         return result
+
+
+def predicted_bytes(shards: Shards, tokenizer: Tokenizer) -> int:
+    """Return the bytes of the tokens that are predicted: all but first ones, which have nothing before them."""
+    total = int(shards.column("bytes").sum())
+    for number in range(shards.documents):
+        first = shards.part(number, 0, 1)[0]
+        if len(first) and not tokenizer.special.reserved[first[0]]:
+            total -= len(tokenizer.pieces[int(first[0])])
+    return total
 
 
 @torch.no_grad()
