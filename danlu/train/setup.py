@@ -149,7 +149,8 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
             raise IncompatibleError(
                 _("the {what} has changed: {then} then, {now} now").format(what=name, then=manifest[name][:12], now=now[:12]),
                 where=str(found), fix=_("give the data the run began with, or choose another `out`"))
-    if weights.read_config(found) != run.model:
+    kept, asked = (cfg.model_dump(exclude={"preset"}) for cfg in (weights.read_config(found), run.model))   # a name, no shape
+    if kept != asked:
         raise IncompatibleError(_("the model is not the one the run began with"), where=str(found),
                                 fix=_("give the model of {file}, or choose another `out`").format(file=run.out / "recipe.yaml"))
     state = checkpoint.load(found, work.model, work.optimizer, ema=work.ema)
