@@ -21,6 +21,10 @@ import pytest
 import zstandard
 from cli import Ended, command, danlu, environment
 
+from danlu import config
+from danlu.data import prepare as preparing
+from danlu.errors import DanluError
+
 draw = random.Random(3)
 TEXTS = ["".join(draw.choices("abc def 丹炉 ", k=draw.randint(20, 2000))) + f" {i}" for i in range(4500)]
 RECIPE = "{inputs: [%s], out: %s, tokenizer: %s, split: {val: 0.05}, shard_tokens: 300000, workers: %d}"
@@ -35,6 +39,16 @@ def recipe(folder: Path, inputs: object, *, workers: int = 0, tokenizer: str = "
 def prepare(folder: Path, inputs: object, *words: str, fault: str = "", workers: int = 0) -> Ended:
     path = recipe(folder, inputs, workers=workers)
     return danlu("prepare", path, *words, fault=fault, PYTHONPATH=str(folder))
+
+
+def within(folder: Path, inputs: object, *words: str) -> Ended:
+    """Prepare in this process, which starts sooner; what the command line would exit with and say."""
+    said: list[str] = []
+    try:
+        preparing.prepare(config.load(preparing.Prepare, recipe(folder, inputs), words), say=said.append)
+    except DanluError as error:
+        return Ended(error.code, "", str(error), 0)
+    return Ended(0, "", "\n".join(said), 0)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -162,7 +176,7 @@ def test_malformed_rows_are_listed_and_too_many_stop_it(tmp_path: Path, rows: in
 
 def test_nan_in_a_label_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
-    ended = prepare(tmp_path, f"{{path: {tmp_path}/a.jsonl, label: label}}")
+    ended = within(tmp_path, f"{{path: {tmp_path}/a.jsonl, label: label}}")
     refused(ended, 3, "a.jsonl:2", "not_a_number")
 
 
@@ -172,15 +186,15 @@ def test_nan_in_a_label_is_rejected(tmp_path: Path) -> None:
 ])
 def test_other_encodings_are_told_and_never_garbled(tmp_path: Path, data: bytes, reason: str, place: str) -> None:
     (tmp_path / "a.txt").write_bytes(data)
-    refused(prepare(tmp_path, f"{tmp_path}/a.txt"), 3, place, reason)
+    refused(within(tmp_path, f"{tmp_path}/a.txt"), 3, place, reason)
     if reason == "encoding":
         assert "offset" in (tmp_path / "out/rejects.jsonl").read_text()
-        assert "encoding: gb18030" in prepare(tmp_path, f"{tmp_path}/a.txt").last
+        assert "encoding: gb18030" in within(tmp_path, f"{tmp_path}/a.txt").last
 
 
 def test_a_lone_surrogate_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
-    refused(prepare(tmp_path, f"{tmp_path}/a.jsonl"), 3, "a.jsonl:2", "surrogate")
+    refused(within(tmp_path, f"{tmp_path}/a.jsonl"), 3, "a.jsonl:2", "surrogate")
 
 
 @pytest.mark.parametrize("data, words, told", [
@@ -191,7 +205,7 @@ def test_a_lone_surrogate_is_rejected(tmp_path: Path) -> None:
 def test_nothing_left_is_told_quickly(tmp_path: Path, data: str, words: list[str], told: str) -> None:
     (tmp_path / "a.txt").write_text(data)
     words = [word.replace("%s", f"{tmp_path}/a.txt") for word in words]
-    ended = prepare(tmp_path, f"{tmp_path}/a.txt", *words)
+    ended = within(tmp_path, f"{tmp_path}/a.txt", *words)
     refused(ended, 3, told, "a.txt")
     assert not (tmp_path / "out/manifest.json").exists()
 
@@ -233,8 +247,8 @@ def damaged(folder: Path, name: str) -> Path:
 def test_files_that_are_cut_short_are_named_or_skipped(tmp_path: Path, name: str) -> None:
     path = damaged(tmp_path, name)
     (tmp_path / "good.txt").write_text("a\nb\nc\n")
-    refused(prepare(tmp_path, f"{path}, {tmp_path}/good.txt"), 3, name, "damaged or cut short", "on_error: skip")
-    ended = prepare(tmp_path, f"{path}, {tmp_path}/good.txt", "on_error=skip").clean()
+    refused(within(tmp_path, f"{path}, {tmp_path}/good.txt"), 3, name, "damaged or cut short", "on_error: skip")
+    ended = within(tmp_path, f"{path}, {tmp_path}/good.txt", "on_error=skip").clean()
     assert ended.code == 0 and name in ended.err, ended.err
     files = json.loads((tmp_path / "out/report.json").read_text())["files"]
     assert files[0]["broken"] and files[1] == {"file": f"{tmp_path}/good.txt", "rows": 3}
@@ -245,7 +259,7 @@ def test_flipped_bits_in_a_packed_file_are_seen(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(b"some text\n" * 10 + bytes(range(65, 90)) * 40))
     data[-6] ^= 1                                            # the check sum
     (tmp_path / "a.txt.gz").write_bytes(data)
-    refused(prepare(tmp_path, f"{tmp_path}/a.txt.gz"), 3, "a.txt.gz", "damaged")
+    refused(within(tmp_path, f"{tmp_path}/a.txt.gz"), 3, "a.txt.gz", "damaged")
 
 
 def bomb(folder: Path, name: str) -> Path:
@@ -299,7 +313,7 @@ def test_pickles_are_never_loaded(tmp_path: Path, name: str) -> None:
         np.save(path, np.array([Bomb(marker)], object), allow_pickle=True)
     else:
         path.write_bytes(pickle.dumps(Bomb(marker)))
-    ended = prepare(tmp_path, path)
+    ended = within(tmp_path, path)
     refused(ended, 7, name)
     assert not marker.exists()
 
@@ -316,9 +330,9 @@ def test_train_rows_in_the_test_set(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "b.txt").write_text("four\ntwo\n")
     inputs = f"{tmp_path}/a.txt, {{path: {tmp_path}/b.txt, split: test}}"
-    strict = prepare(tmp_path, inputs, "split.strict=true", "split.by=none")
+    strict = within(tmp_path, inputs, "split.strict=true", "split.by=none")
     refused(strict, 3, "a.txt:2", "1 texts stand in two splits")
-    ended = prepare(tmp_path, inputs, "split.by=none").clean()
+    ended = within(tmp_path, inputs, "split.by=none").clean()
     assert ended.code == 0 and "1 texts stand in both train and test" in ended.err
 
 
