@@ -52,7 +52,7 @@ def prepared(folder: Path, document: int) -> Path:
 
 
 def model_of(shape: Size, precision: str, *, compile: bool, recompute: str = "none") -> nn.Module:
-    """Return the model that the peers train too: GPT-2's, or BERT's with dropout 0.1 as its Trainer has it."""
+    """Return the model that the peers train too: GPT-2's with erf-GELU, or BERT's with dropout 0.1 as its Trainer has it."""
     device = parallel.start(threads=None, device="cpu")
     common: dict[str, Any] = {"vocab": shape.vocabulary, "width": shape.width, "layers": shape.layers, "heads": shape.heads,
                               "context": shape.length}
