@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -22,6 +22,7 @@ from danlu.words import _
 Name = TypeVar("Name", bound=str)
 AttentionPath = Literal["plain", "block", "sdpa"]
 GeluPath = Literal["torch", "sigmoid"]
+KEPT_BYTES = 512 * 2**20        # of probabilities that one layer may keep for its gradient; "sdpa" keeps none
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,30 @@ def choose(device: str | torch.device, dtype: torch.dtype, shape: Sequence[int],
     if device.type != "cpu":
         return Choice()
     rows, heads, tokens, width = shape
+    able: list[AttentionPath] = ["sdpa"]
+    whole = rows * heads * tokens**2 * dtype.itemsize
+    if whole <= KEPT_BYTES:
+        able.append("plain")
+    if causal and tokens > attention.BLOCK and whole // 2 <= KEPT_BYTES:
+        able.append("block")
     # Attention works row by row: two rows tell as much as the batch, and cost less.
-    return _measured(dtype, (min(rows, 2), heads, tokens, width), causal, torch.get_num_threads())
+    return _measured(dtype, (min(rows, 2), heads, tokens, width), causal, tuple(able), torch.get_num_threads())
 
 
 @cache
-def _measured(dtype: torch.dtype, shape: tuple[int, int, int, int], causal: bool, threads: int) -> Choice:
+def _measured(dtype: torch.dtype, shape: tuple[int, int, int, int], causal: bool,
+              able: tuple[AttentionPath, ...], threads: int) -> Choice:
+    """Return what is fastest with this many `threads` (a key of the cache)."""
     rows, heads, tokens, width = shape
     with torch.random.fork_rng(devices=[]):
         q, k, v = (torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
         wide = torch.randn(rows, tokens, 4 * heads * width, dtype=dtype, requires_grad=True)
     sight = attention.sight(tokens, causal=causal, device="cpu", dtype=dtype)
     attentions: dict[AttentionPath, Callable[[], Tensor]] = {
-        "sdpa": lambda: attention.attend(q, k, v, sight, "sdpa"),
-        "plain": lambda: attention.attend(q, k, v, sight, "plain"),
+        path: partial(attention.attend, q, k, v, sight, path) for path in able
     }
-    if tokens > attention.BLOCK and causal:
-        attentions["block"] = lambda: attention.attend(q, k, v, sight, "block")
     gelus: dict[GeluPath, Callable[[], Tensor]] = {
-        "torch": lambda: mlp.gelu_tanh(wide, "torch"),
-        "sigmoid": lambda: mlp.gelu_tanh(wide, "sigmoid"),
+        path: partial(mlp.gelu_tanh, wide, path) for path in get_args(GeluPath)
     }
     return Choice(attention=_fastest(attentions), gelu=_fastest(gelus))
 

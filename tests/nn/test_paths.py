@@ -36,6 +36,15 @@ def test_measuring_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
+def test_long_rows_are_left_to_the_path_that_keeps_no_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "_fastest", lambda candidates: list(candidates)[-1])
+    monkeypatch.setattr(paths, "KEPT_BYTES", 2 * 300**2 * 4)
+    assert choose("cpu", torch.float32, (1, 2, 300, 4)).attention == "block"
+    assert choose("cpu", torch.float32, (2, 2, 300, 4)).attention == "block"        # keeps half of what plain keeps
+    assert choose("cpu", torch.float32, (3, 2, 300, 4)).attention == "sdpa"
+    assert choose("cpu", torch.float32, (1, 2, 300, 4), causal=False).attention == "plain"
+
+
 def test_the_fastest_wins_and_a_tie_goes_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(paths.time, "perf_counter", lambda: clock[0])
