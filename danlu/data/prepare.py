@@ -13,134 +13,33 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Discriminator, Field, Tag
 
 from danlu import files, log
-from danlu.config import Model
-from danlu.data import formats, pool, progress, raw, shards, split, tokenizer
-from danlu.data.blocks import Block
-from danlu.data.clean import Clean
-from danlu.data.inputs import MIB, ROW_BYTES, File, Input, Inputs, resolve, split_take
+from danlu.data import coverage, mapped, progress, raw, shards, split, tokenizer
+from danlu.data.inputs import MIB, File, Input, resolve, split_take
+from danlu.data.job import Job, Prepare
 from danlu.data.ledger import Ledger, Totals
 from danlu.data.progress import Progress
 from danlu.data.shelf import Shelf
-from danlu.data.split import NAMES, Split
-from danlu.data.tokenizer import BPE, Chars, Loaded, Tokenizer, Unigram, WordPiece
-from danlu.data.work import Answer, Want, Work
+from danlu.data.split import NAMES
+from danlu.data.tokenizer import Loaded, Tokenizer
+from danlu.data.work import Answer
 from danlu.errors import DataError, ResourceError
 from danlu.fault import fault
 from danlu.words import _
 
+__all__ = ["Prepare", "prepare"]
+
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 MANY = 10_000                                       # classes; more are no classes
-WORTH = 4 * MIB                                     # bytes of text for which starting one more process pays
-
-
-def _kind(value: Any) -> str:
-    """Return the kind of a tokenizer's configuration: without one, it is loaded if it has a path, else byte pairs."""
-    if isinstance(value, dict):
-        return str(value.get("kind", "loaded" if "path" in value else "bpe"))
-    return str(value.kind)
-
-
-Tokenizers = Annotated[
-    Annotated[BPE, Tag("bpe")] | Annotated[WordPiece, Tag("wordpiece")] | Annotated[Unigram, Tag("unigram")]
-    | Annotated[Chars, Tag("chars")] | Annotated[Loaded, Tag("loaded")],
-    Discriminator(_kind)]
-
-
-class Prepare(Model):
-    """What to prepare, from what, and where."""
-
-    ALIASES = {  # noqa: RUF012
-        "output_dir": "out", "dataset": "inputs", "val_size": "split.val", "val_set_size": "split.val",
-        "split_dataset_ratio": "split.val", "preprocessing_num_workers": "workers", "dataset_num_proc": "workers",
-        "overwrite_output_dir": "overwrite",
-    }
-    out: Path = Field(description="Folder of the prepared data.")
-    inputs: Inputs = Field(description="What to read; a bare text is a path.")
-    clean: Clean = Field(default=Clean(), description="How texts are cleaned, and which are dropped.")
-    dedup: Literal["exact", "loose", "none"] = Field(
-        default="exact", description="Drop texts that stood before; loose ignores case, width and white space.")
-    split: Split = Field(default=Split(), description="How rows are shared out to train, val and test.")
-    tokenizer: Tokenizers = Field(
-        default_factory=BPE, description="Tokenizer to learn from the training rows, or {path: …} to load one.")
-    rejects: float = Field(
-        default=0.01, ge=0, le=1, allow_inf_nan=False, description="Largest share of rows that may be at fault.")
-    max_row_bytes: int = Field(
-        default=ROW_BYTES, ge=1, le=1 << 30, description="Reject rows with more bytes than this.")
-    on_error: Literal["stop", "skip"] = Field(
-        default="stop", description="What to do with a damaged file: stop, or keep what stands before the damage.")
-    workers: int | None = Field(
-        default=None, ge=0, le=1024, description="Processes; 0: none beside this one; null: by cores and size.")
-    shard_tokens: int = Field(default=1 << 24, ge=1, description="Tokens in a shard, before the next one begins.")
-    seed: int = Field(default=0, ge=0, description="Decides which rows validate.")
-    overwrite: bool = Field(default=False, description="Replace what `out` holds.")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every pass over the inputs needs."""
-
-    cfg: Prepare
-    inputs: tuple[Input, ...]
-    files: tuple[File, ...]
-    say: Callable[[str], None]
-
-    @property
-    def text_bytes(self) -> int:
-        """Return about how many bytes of text the inputs hold, as far as their sizes tell."""
-        return sum((file.size or 0) * (4 if file.packed or file.format == "parquet" else 1) for file in self.files)
-
-    @property
-    def workers(self) -> int:
-        """Return how many processes the work is worth."""
-        if self.cfg.workers is not None:
-            return self.cfg.workers
-        cores = len(os.sched_getaffinity(0))
-        endless = any(file.size is None for file in self.files)
-        return cores if endless else min(cores, self.text_bytes // WORTH) if self.text_bytes >= 2 * WORTH else 0
-
-    def work(self, want: Want, **more: Any) -> Work:
-        """Return the work on each block."""
-        cfg = self.cfg
-        return Work(files=self.files, inputs=self.inputs, clean=cfg.clean, split=cfg.split, seed=cfg.seed,
-                    row_bytes=cfg.max_row_bytes, loose=cfg.dedup == "loose", want=want, **more)
-
-    def ledger(self, totals: Totals | None = None) -> Ledger:
-        """Return a ledger that has seen nothing."""
-        watch = any(item.split is not None for item in self.inputs)
-        return Ledger([file.path for file in self.files], rejects=self.cfg.rejects, dedup=self.cfg.dedup != "none",
-                      watch=watch, totals=totals)
-
-    def rows(self, ledger: Ledger, state: Progress, work: Work, what: str, after: dict[str, Any] | None = None
-             ) -> Iterator[tuple[Answer, Any]]:
-        """Yield (answer, which of its rows stay) for all blocks in order, from the one after the commit `after` on.
-
-        Counts them in the ledger, writes rejects and fingerprints to the logs, and tells how it goes.
-        """
-        state.open_logs()
-        start = after["done"][0] if after else 0
-        blocks = formats.stream(self.files, self.inputs, row_bytes=self.cfg.max_row_bytes,
-                                skip_broken=self.cfg.on_error == "skip", start=start)
-        left = _later(blocks, after, self.files) if after else blocks
-        answers = pool.ordered(left, work, workers=self.workers, name=self._place)
-        for answer in _told(answers, self.say, what, self.text_bytes):
-            keep = ledger.take(answer)
-            state.log(answer.rejects, self.files[answer.file].path, *ledger.fresh)
-            yield answer, keep
-        state.close()
-
-    def _place(self, block: Block) -> str:
-        return f"{self.files[block.file].path}:{block.line}"
+SAMPLE = 500                                        # documents of a split that the tokenizer's report looks at
 
 
 def prepare(cfg: Prepare, *, say: Callable[[str], None] = log.say) -> Path:
@@ -172,7 +71,7 @@ def _prepare(cfg: Prepare, say: Callable[[str], None]) -> Path:
     _check_tokenizer(cfg)
     files.check_space(cfg.out, sum(file.size or 0 for file in found) + 64 * MIB)
     state = Progress(cfg.out, config, found, overwrite=cfg.overwrite)
-    job = _Job(cfg, inputs, _kept(cfg, inputs, found, state, say), say)
+    job = Job(cfg, inputs, _kept(cfg, inputs, found, state, say), say)
     bounds = _survey(job, state)
     chosen = _tokenizer(job, state, bounds)
     ledger, entries = _shards(job, state, bounds, chosen)
@@ -207,36 +106,7 @@ def _kept(cfg: Prepare, inputs: tuple[Input, ...], found: list[File], state: Pro
     return tuple(result)
 
 
-def _later(blocks: Iterator[Block], after: dict[str, Any], found: tuple[File, ...]) -> Iterator[Block]:
-    """Yield the blocks after those that are done.  Raises DataError when these are not what they were."""
-    done, met = tuple(after["done"]), False
-    for block in blocks:
-        place = (block.file, block.number)
-        if place == done:
-            met = block.mark == after["mark"]
-        if place > done and not met:
-            raise DataError(_("the input is not the one that the interrupted preparation read"),
-                            where=found[done[0]].path,
-                            fix=_("give the same input again, or set overwrite: true to start anew"))
-        if place > done:
-            yield block
-
-
-def _told(answers: Iterator[Answer], say: Callable[[str], None], what: str, total: int) -> Iterator[Answer]:
-    """Yield the answers; say every five seconds how far they are."""
-    start = last = time.monotonic()
-    rows = size = 0
-    for answer in answers:
-        rows, size, now = rows + answer.read, size + answer.size, time.monotonic()
-        if now - last >= 5:
-            last = now
-            share = f"{min(1, size / total):.0%}, " if total else ""
-            say(_("{what}: {share}{rows} rows, {size:.0f} MB, {speed:.1f} MB/s").format(
-                what=what, share=share, rows=rows, size=size / 1e6, speed=size / 1e6 / (now - start)))
-        yield answer
-
-
-def _survey(job: _Job, state: Progress) -> dict[str, split.Bounds] | None:
+def _survey(job: Job, state: Progress) -> dict[str, split.Bounds] | None:
     """Return the bounds of every class, sorted by name; None where no input has labels."""
     if all(item.label is None for item in job.inputs):
         return None
@@ -267,7 +137,7 @@ def _rank(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
-def _tokenizer(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None) -> Tokenizer:
+def _tokenizer(job: Job, state: Progress, bounds: dict[str, split.Bounds] | None) -> Tokenizer:
     """Return the tokenizer, which now lies in out/tokenizer: loaded, learned, or as an interrupted run left it."""
     folder = job.cfg.out / "tokenizer"
     if state.state.get("tokenizer") and not isinstance(job.cfg.tokenizer, Loaded):
@@ -291,7 +161,7 @@ def _tokenizer(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | Non
     return Tokenizer.load(folder)
 
 
-def _texts(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, share: float
+def _texts(job: Job, state: Progress, bounds: dict[str, split.Bounds] | None, share: float
            ) -> Generator[str, None, None]:
     """Yield the texts to learn the tokenizer from: training rows only, a `share` of them chosen by fingerprint."""
     ledger, given = job.ledger(), 0
@@ -305,14 +175,14 @@ def _texts(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, s
         _refuse(job, ledger)
 
 
-def _refuse(job: _Job, ledger: Ledger) -> None:
+def _refuse(job: Job, ledger: Ledger) -> None:
     """Write the report; raise DataError when too much was rejected or nothing is left."""
     files.write_json(job.cfg.out / "report.json", ledger.report())
     ledger.check_rejects()
     ledger.check_left()
 
 
-def _shards(job: _Job, state: Progress, bounds: dict[str, split.Bounds] | None, chosen: Tokenizer
+def _shards(job: Job, state: Progress, bounds: dict[str, split.Bounds] | None, chosen: Tokenizer
             ) -> tuple[Ledger, dict[str, list[shards.Entry]]]:
     """Tokenise every row, committing whenever a shard is full; return the ledger and the shards of each split."""
     commit = state.state.get("commit")
@@ -351,7 +221,17 @@ def _check_leaks(cfg: Prepare, ledger: Ledger) -> None:
             fix=_("take them out of one, or set split.strict: false"))
 
 
-def _finish(job: _Job, state: Progress, *, config: dict[str, Any], ledger: Ledger, chosen: Tokenizer,
+def _sample(out: Path, entries: list[shards.Entry], chosen: Tokenizer) -> Iterator[str]:
+    """Yield the texts of documents spread evenly over the shards of a split, a few hundred KB of them."""
+    share = max(1, sum(entry.documents for entry in entries) // SAMPLE)
+    for entry in entries:
+        arrays = mapped.read(out / entry.file, entry.bytes)
+        for number in range(0, entry.documents, share):
+            start, stop = arrays["offsets"][number:number + 2]
+            yield chosen.decode(arrays["ids"][start:min(stop, start + 1000)], special=False)
+
+
+def _finish(job: Job, state: Progress, *, config: dict[str, Any], ledger: Ledger, chosen: Tokenizer,
             entries: dict[str, list[shards.Entry]], bounds: dict[str, split.Bounds] | None) -> None:
     """Write the manifest, which makes the folder complete, and tidy up."""
     report, totals = ledger.report(), ledger.totals
@@ -362,6 +242,8 @@ def _finish(job: _Job, state: Progress, *, config: dict[str, Any], ledger: Ledge
                        "rows": totals.rows[str(number)]})
     for name in NAMES:
         progress.prune(job.cfg.out, name, keep=len(entries.get(name, ())))
+    samples = {name: _sample(job.cfg.out, found, chosen) for name, found in entries.items()}
+    files.write_json(job.cfg.out / "report.json", report | {"tokenizer": coverage.report(chosen, samples)})
     fault("prepare.before_manifest")
     content = {"tokenizer": chosen.sha256, "dtype": chosen.dtype, "splits": entries, "inputs": inputs, "config": config,
                "files": [file.path for file in job.files], "counts": report["rows"]}
