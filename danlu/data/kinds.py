@@ -36,7 +36,7 @@ Vocab = Annotated[int, Field(ge=16, le=2**31 - 1, description="Most tokens in th
 Seen = Annotated[int, Field(ge=1, description="How often a pair must be seen to become a token.")]
 HanRun = Annotated[int, Field(ge=1, le=16, description="Most Han or kana characters in one token.")]
 Digits = Annotated[int, Field(ge=1, le=16, description="Most digits in one token.")]
-Bytes = Annotated[int, Field(ge=1, description="Most bytes of text that training reads; bounds its memory.")]
+Bytes = Annotated[int, Field(ge=1, description="Most bytes of text that training reads.")]
 Alphabet = Annotated[int | None, Field(ge=1, description="Most places for single characters, the frequent ones first; "
                                                          "null: half of the vocabulary.")]
 AddBos = Annotated[bool, Field(description="Put bos before each document.")]
@@ -52,7 +52,7 @@ class BPE(Model):
     min_frequency: Seen = 2
     han: HanRun = 4
     digits: Digits = 3
-    text_bytes: Bytes = 1 << 30
+    text_bytes: Bytes = 1 << 28
     bos: Bos = None
     eos: Eos = "<|endoftext|>"
     pad: Pad = "<|pad|>"
@@ -78,7 +78,7 @@ class WordPiece(Model):
     min_frequency: Seen = 2
     lowercase: bool = Field(True, description="Make all letters small and drop their accents.")
     alphabet: Alphabet = None
-    text_bytes: Bytes = 1 << 30
+    text_bytes: Bytes = 1 << 28
     bos: Bos = None
     eos: Eos = None
     pad: Pad = "[PAD]"
@@ -105,7 +105,7 @@ class Unigram(Model):
     han: HanRun = 4
     digits: Digits = 3
     space: bool = Field(True, description="Put a space before a text, so that its first word looks like any other.")
-    text_bytes: Bytes = 1 << 30
+    text_bytes: Bytes = 1 << 28
     bos: Bos = "<s>"
     eos: Eos = "</s>"
     pad: Pad = "<pad>"
@@ -130,7 +130,7 @@ class Chars(Model):
     kind: Literal["chars"] = "chars"
     vocab: Vocab = 32768
     min_frequency: Seen = 1
-    text_bytes: Bytes = 1 << 30
+    text_bytes: Bytes = 1 << 28
     bos: Bos = None
     eos: Eos = "<eos>"
     pad: Pad = "<pad>"

@@ -1,17 +1,21 @@
 """Learn a tokenizer's vocabulary from a stream of texts: bounded memory, and the same bytes every time.
 
-The trainers of the `tokenizers` library walk hash maps, so WordPiece breaks ties and Unigram orders equal scores
-differently in each process.  Here WordPiece is given every single character in one fixed order beforehand, and what
-Unigram found is put in order afterwards.
+The trainers of the `tokenizers` library keep every different pre-token, at some 700 bytes each; and even pieces of four
+Han characters hardly ever repeat, so that Chinese took seventy times its size.  Here pre-tokens are counted first, in a
+table that forgets the rarest when it is full (lossy counting: Manku and Motwani, 2002), and only what is left is trained
+on: about 1 GB whatever is read.
+
+The trainers also walk hash maps, so WordPiece breaks ties and Unigram orders equal scores differently in each process.
+WordPiece is given every single character in one fixed order beforehand; what Unigram found is put in order afterwards.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from operator import itemgetter
 
 import numpy as np
 from tokenizers import Tokenizer as Raw
@@ -21,8 +25,9 @@ from danlu.data.kinds import BPE, Chars, Trained, Unigram, WordPiece, roles, spe
 from danlu.errors import ConfigError, DataError
 from danlu.words import _
 
-SLICE = 1 << 16          # characters handed to a trainer at once, so that one huge text needs no huge memory
-SPILL = 1 << 26          # bytes of text kept in memory between two passes; beyond that a temporary file holds them
+SLICE = 1 << 16          # characters cut or trained on at once, so that one huge text needs no huge memory
+WORDS = 1 << 20          # different pre-tokens in memory; beyond that the rarer half is forgotten
+REPEATS = 1 << 25        # pre-tokens handed to a trainer; beyond that all counts are divided
 CODES = 0x110000         # Unicode code points
 
 
@@ -80,24 +85,24 @@ def _refuse_plain(cfg: Trained) -> None:
 
 def _bpe(feed: Feed, cfg: BPE) -> Raw:
     raw = untrained(cfg)
-    raw.train_from_iterator(iter(feed), trainers.BpeTrainer(
+    words = _words(feed, raw)
+    final, raw.pre_tokenizer = raw.pre_tokenizer, pre_tokenizers.Split(" ", "removed")
+    raw.train_from_iterator(_repeated(words), trainers.BpeTrainer(
         vocab_size=cfg.vocab, min_frequency=cfg.min_frequency, special_tokens=specials(cfg), show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    _refuse_nothing(feed)
+    raw.pre_tokenizer = final
     return raw
 
 
 def _wordpiece(feed: Feed, cfg: WordPiece) -> Raw:
-    raw = untrained(cfg)
-    with tempfile.SpooledTemporaryFile(max_size=SPILL) as spill:
-        counts = _count(_normalized(feed, raw), spill)
-        _refuse_nothing(feed)
-        chars, inner = _alphabet_of_words(counts, raw, cfg.alphabet or cfg.vocab // 2)
-        raw.normalizer = None                            # the spilled text has been through it
-        raw.train_from_iterator(_spilled(spill), trainers.WordPieceTrainer(
-            vocab_size=cfg.vocab, min_frequency=cfg.min_frequency, show_progress=False,
-            special_tokens=specials(cfg) + ["##" + c for c in inner],
-            initial_alphabet=chars, limit_alphabet=len(chars), continuing_subword_prefix="##"))
+    raw, counts = untrained(cfg), np.zeros(CODES, np.int64)
+    words = _words(feed, raw, counts)
+    chars, inner = _alphabet_of_words(counts, raw, cfg.alphabet or cfg.vocab // 2)
+    raw.normalizer, raw.pre_tokenizer = None, pre_tokenizers.Split(" ", "removed")
+    raw.train_from_iterator(_repeated(words), trainers.WordPieceTrainer(
+        vocab_size=cfg.vocab, min_frequency=cfg.min_frequency, show_progress=False,
+        special_tokens=specials(cfg) + ["##" + c for c in inner],
+        initial_alphabet=chars, limit_alphabet=len(chars), continuing_subword_prefix="##"))
     vocab = raw.get_vocab()
     return untrained(cfg, models.WordPiece(vocab=vocab, unk_token=cfg.unk, max_input_chars_per_word=100))
 
@@ -120,15 +125,13 @@ def _alphabet_of_words(counts: np.ndarray, raw: Raw, places: int) -> tuple[list[
 
 
 def _unigram(feed: Feed, cfg: Unigram) -> Raw:
-    raw, special = untrained(cfg), specials(cfg)
-    with tempfile.SpooledTemporaryFile(max_size=SPILL) as spill:
-        counts = _count(_normalized(feed, raw), spill)
-        _refuse_nothing(feed)
-        keep = np.zeros(CODES, bool)
-        keep[[ord(c) for c in _frequent(counts)[: cfg.alphabet or cfg.vocab // 2]]] = True
-        raw.normalizer = None
-        raw.train_from_iterator(_without_rare(_spilled(spill), keep), trainers.UnigramTrainer(
-            vocab_size=cfg.vocab - len(special), special_tokens=[], show_progress=False))
+    raw, special, counts = untrained(cfg), specials(cfg), np.zeros(CODES, np.int64)
+    words = _words(feed, raw, counts)
+    kept = _frequent(counts)[: cfg.alphabet or cfg.vocab // 2]
+    rare = dict.fromkeys(set(np.flatnonzero(counts).tolist()) - {ord(c) for c in kept} - {ord(" ")}, " ")
+    raw.normalizer, raw.pre_tokenizer = None, pre_tokenizers.Split(" ", "removed")
+    raw.train_from_iterator(_repeated(words, rare), trainers.UnigramTrainer(
+        vocab_size=cfg.vocab - len(special), special_tokens=[], show_progress=False))
     vocab = [(token, 0.0) for token in special] + _ordered(_pieces(raw))
     return untrained(cfg, models.Unigram(vocab=vocab, unk_id=special.index(cfg.unk), byte_fallback=False))
 
@@ -152,9 +155,10 @@ def _ordered(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def _chars(feed: Feed, cfg: Chars) -> Raw:
-    counts = _count(feed, None)
+    counts, special = np.zeros(CODES, np.int64), specials(cfg)
+    for _text in _counted(feed, counts):
+        pass
     _refuse_nothing(feed)
-    special = specials(cfg)
     kept = [c for c in _frequent(counts) if counts[ord(c)] >= cfg.min_frequency][: cfg.vocab - len(special)]
     vocab = {token: i for i, token in enumerate(special + sorted(kept))}
     return untrained(cfg, models.WordLevel(vocab=vocab, unk_token=cfg.unk or "<unk>"))
@@ -178,9 +182,40 @@ def _refuse_nothing(feed: Feed) -> None:
         raise DataError(_("there is no text to train a tokenizer on"), fix=_("look at what the filters rejected"))
 
 
-def _normalized(texts: Iterable[str], raw: Raw) -> Iterator[str]:
-    for text in texts:
-        yield raw.normalizer.normalize_str(text)
+def _words(feed: Feed, raw: Raw, counts: np.ndarray | None = None) -> Counter[str]:
+    """Return how often each pre-token occurs, the frequent ones; `counts` [CODES] gets those of characters."""
+    texts: Iterable[str] = feed if raw.normalizer is None else (raw.normalizer.normalize_str(text) for text in feed)
+    words: Counter[str] = Counter()
+    for text in texts if counts is None else _counted(texts, counts):
+        words.update(map(itemgetter(0), raw.pre_tokenizer.pre_tokenize_str(text)))
+        if len(words) > WORDS:
+            words = _without_rarest(words, WORDS // 2)
+    _refuse_nothing(feed)
+    return words
+
+
+def _without_rarest(words: Counter[str], number: int) -> Counter[str]:
+    """Return at most `number` words: those seen more often than the first one that has to go."""
+    found = np.fromiter(words.values(), np.int64, len(words))
+    bar = int(np.partition(found, -number - 1)[-number - 1])
+    return Counter({word: seen for word, seen in words.items() if seen > bar})
+
+
+def _repeated(words: Counter[str], rare: dict[int, str] | None = None) -> Iterator[str]:
+    """Yield each word as often as it was seen, between spaces; characters in `rare` as spaces too."""
+    divisor = -(-words.total() // REPEATS)
+    waiting, size = list[str](), 0
+    for word, seen in words.items():
+        spelt, left = f"{word.translate(rare) if rare else word} ", (seen + divisor // 2) // divisor
+        while left:
+            now = min(left, -(-(SLICE - size) // len(spelt)))
+            waiting.append(spelt * now)
+            size += len(spelt) * now
+            left -= now
+            if size >= SLICE:
+                yield "".join(waiting)
+                waiting, size = [], 0
+    yield "".join(waiting)
 
 
 def _encoded(text: str, encoding: str) -> bytes:
@@ -191,39 +226,24 @@ def _encoded(text: str, encoding: str) -> bytes:
                         fix=_("clean the text first")) from None
 
 
-def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(_encoded(text, "utf-32-le"), np.uint32)
-
-
-def _count(texts: Iterable[str], spill: IO[bytes] | None) -> np.ndarray:
-    """Return how often each code point occurs [CODES]; the texts stand in `spill` afterwards, each after its size."""
-    counts, waiting, size = np.zeros(CODES, np.int64), [], 0
+def _counted(texts: Iterable[str], counts: np.ndarray) -> Iterator[str]:
+    """Yield the texts; `counts` [CODES] has how often each code point occurs, once all are taken."""
+    waiting, size = list[str](), 0
     for text in texts:
-        if spill is not None:
-            data = _encoded(text, "utf-8")
-            spill.write(len(data).to_bytes(4, "little") + data)
         waiting.append(text)
         size += len(text)
         if size > 1 << 20:
-            counts += np.bincount(_codes("".join(waiting)), minlength=CODES)
+            counts += _tally("".join(waiting))
             waiting, size = [], 0
-    return counts + np.bincount(_codes("".join(waiting)), minlength=CODES)
+        yield text
+    counts += _tally("".join(waiting))
 
 
-def _spilled(spill: IO[bytes]) -> Iterator[str]:
-    spill.seek(0)
-    while head := spill.read(4):
-        yield spill.read(int.from_bytes(head, "little")).decode()
+def _tally(text: str) -> np.ndarray:
+    return np.bincount(np.frombuffer(_encoded(text, "utf-32-le"), np.uint32), minlength=CODES)
 
 
 def _frequent(counts: np.ndarray) -> list[str]:
     """Return the characters that occur, the most frequent first, equals by code point."""
     found = np.flatnonzero(counts)
     return [chr(c) for c in found[np.lexsort((found, -counts[found]))]]
-
-
-def _without_rare(texts: Iterable[str], keep: np.ndarray) -> Iterator[str]:
-    """Yield the texts with every character outside `keep` [CODES] as a line break, which no piece crosses."""
-    for text in texts:
-        codes = _codes(text)
-        yield np.where(keep[codes], codes, ord("\n")).astype("<u4").tobytes().decode("utf-32-le")
