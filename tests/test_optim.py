@@ -34,7 +34,7 @@ from danlu.optim import (
     RMSprop,
     set_rate,
 )
-from danlu.optim.muon import COEFFICIENTS, orthogonalise
+from danlu.optim.muon import JORDAN, POLAR, orthogonalise, polynomials
 
 Array = NDArray[np.float64]
 Formula = Callable[[Optim, Array, Iterator[Array], bool], Array]
@@ -146,12 +146,13 @@ def lion(c: Any, p: Array, gs: Iterator[Array], inner: bool) -> Array:
     return p
 
 
-def newton_schulz(x: Array, steps: int) -> Array:
+def newton_schulz(x: Array, steps: int, rule: str = "jordan") -> Array:
     """By singular values: each step maps s to a*s + b*s^3 + c*s^5."""
     u, s, vt = np.linalg.svd(x, full_matrices=False)
-    s = s / max(1e-7, float(np.sqrt((s * s).sum())))
-    for _step in range(steps):
-        s = COEFFICIENTS[0] * s + COEFFICIENTS[1] * s**3 + COEFFICIENTS[2] * s**5
+    s = s / max(1e-7, float(np.sqrt((s * s).sum()))) / (1.0 if rule == "jordan" else 1.02)
+    for step in range(steps):
+        a, b, c = JORDAN if rule == "jordan" else POLAR[min(step, 4)]
+        s = a * s + b * s**3 + c * s**5
     return np.asarray((u * s) @ vt)
 
 
@@ -164,7 +165,7 @@ def muon(c: Any, p: Array, gs: Iterator[Array], inner: bool) -> Array:
     for g in gs:
         m = c.momentum * m + (1 - c.momentum) * g
         u = (1 - c.momentum) * g + c.momentum * m if c.nesterov else m
-        p = p * (1 - c.lr * c.weight_decay) - c.lr * factor * newton_schulz(u, c.ns_steps)
+        p = p * (1 - c.lr * c.weight_decay) - c.lr * factor * newton_schulz(u, c.ns_steps, c.ns_polynomial)
     return p
 
 
@@ -187,6 +188,7 @@ CASES: list[tuple[Optim, Formula]] = [
     (Lion(lr=0.02, weight_decay=0.5), lion),
     (Muon(lr=0.05, adam_lr=0.01, weight_decay=0.2), muon),
     (Muon(lr=0.05, adjust="match_rms_adamw", nesterov=False, ns_steps=3), muon),
+    (Muon(lr=0.05, ns_polynomial="polar_express", ns_steps=3), muon),
 ]
 EACH = pytest.mark.parametrize("config", [c for c, _f in CASES], ids=lambda c: c.kind)
 
@@ -344,12 +346,23 @@ def test_lamb_steps_as_far_as_the_parameter_is_long() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 16, 40), (4, 1, 8)])
 @pytest.mark.parametrize("steps", [1, 5, 8])
-def test_both_ways_to_orthogonalise_map_the_singular_values(shape: tuple[int, int, int], steps: int) -> None:
+@pytest.mark.parametrize("rule", ["jordan", "polar_express"])
+def test_both_ways_to_orthogonalise_map_the_singular_values(shape: tuple[int, int, int], steps: int, rule: str) -> None:
     x = torch.tensor(np.random.default_rng(0).normal(size=shape))
-    expected = np.stack([newton_schulz(m, steps) for m in x.numpy()])
-    np.testing.assert_allclose(orthogonalise(x, steps).numpy(), expected, atol=1e-10)
-    single = orthogonalise(x.float(), steps).double().numpy()
+    expected = np.stack([newton_schulz(m, steps, rule) for m in x.numpy()])
+    np.testing.assert_allclose(orthogonalise(x, polynomials(rule, steps)).numpy(), expected, atol=1e-10)
+    single = orthogonalise(x.float(), polynomials(rule, steps)).double().numpy()
     np.testing.assert_allclose(single, expected, atol=2e-3 if steps == 8 else 2e-4)
+
+
+@pytest.mark.parametrize(("rule", "low", "high"), [("jordan", 0.45, 1.21), ("polar_express", 0.84, 1.15)])
+def test_five_steps_bring_singular_values_near_one(rule: str, low: float, high: float) -> None:
+    """Singular values from the norm down to about 0.001 of it; the bounds are the papers' for that interval."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(40, 40)))[0] for _side in range(2))
+    x = torch.tensor((u * np.geomspace(2e-3, 1, 40)) @ v)[None]
+    s = np.linalg.svd(orthogonalise(x, polynomials(rule, 5))[0].numpy(), compute_uv=False)
+    assert low < s.min() < s.max() < high
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 64)])
@@ -357,7 +370,7 @@ def test_a_gradient_of_rank_one_stays_of_rank_one(shape: tuple[int, int]) -> Non
     """The hard case for fp32: all singular values but one are rounding noise, which the steps enlarge."""
     rng = np.random.default_rng(0)
     x = torch.tensor(np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1])))
-    done = orthogonalise(x.float()[None], 5)[0]
+    done = orthogonalise(x.float()[None], polynomials("jordan", 5))[0]
     assert torch.isfinite(done).all()
     np.testing.assert_allclose(done.double().numpy(), newton_schulz(x.numpy(), 5), atol=5e-3)
 
@@ -365,9 +378,7 @@ def test_a_gradient_of_rank_one_stays_of_rank_one(shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 def test_muon_equals_torch(adjust: Any) -> None:
     """torch works matrix by matrix in bf16: our bf16 follows closely, our fp32 within bf16's rounding (2**-8)."""
-    shapes = {
-        f"blocks.{i}.{n}": s for i in range(2) for n, s in (("q", (32, 32)), ("up", (96, 32)), ("down", (32, 96)))
-    }
+    shapes = {f"blocks.{i}.{n}": s for i in range(2) for n, s in (("q", (32, 32)), ("up", (96, 32)), ("down", (32, 96)))}
     runs = {}
     for how in ("torch", "bf16", "fp32"):
         rng = np.random.default_rng(0)

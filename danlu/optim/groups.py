@@ -25,9 +25,7 @@ Decay = Annotated[
     Field(ge=0, allow_inf_nan=False, description="Weight decay of matrices; vectors (biases, norms) never decay."),
 ]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Betas = Annotated[
-    tuple[Share, Share], Field(description="Decay of the running means of the gradient and of its square.")
-]
+Betas = Annotated[tuple[Share, Share], Field(description="Decay of the running means of the gradient and of its square.")]
 Epsilon = Annotated[float, Field(gt=0, lt=1, description="Keeps a denominator away from 0.")]
 
 
@@ -40,9 +38,7 @@ def trained(named: Named) -> list[tuple[str, nn.Parameter]]:
             seen.add(id(parameter))
             found.append((name, parameter))
     if not found:
-        raise ConfigError(
-            _("no parameter can learn: every one is frozen"), where="optim", fix=_("unfreeze a part of the model")
-        )
+        raise ConfigError(_("no parameter can learn: every one is frozen"), where="optim", fix=_("unfreeze a part of the model"))
     return found
 
 

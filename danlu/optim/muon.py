@@ -22,11 +22,19 @@ from danlu.errors import ConfigError
 from danlu.optim.groups import Betas, Decay, Epsilon, Named, Rate, Share, fused, group, trained
 from danlu.words import _
 
-COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan et al.: steepest at 0; singular values end in about [0.7, 1.2], not at 1
+Polynomial = tuple[float, float, float]  # (a, b, c): one step maps a singular value s to a*s + b*s^3 + c*s^5
+
+# Jordan et al.: one polynomial, steep at 0; after 5 steps singular values lie in about [0.7, 1.2] rather than at 1.
+JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
+# Polar Express (Amsel et al., 2025): each step the best one after those before it, for singular values of at least
+# 0.001; the input must be 2 % shorter than 1.
+POLAR: tuple[Polynomial, ...] = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 STACK = 1 << 22  # most elements in one stack: beyond the caches, longer stacks bring nothing and cost memory
 
 
@@ -39,6 +47,10 @@ class Muon(Model):
     momentum: Share = Field(default=0.95, description="Decay of the running mean of the gradient of hidden matrices.")
     nesterov: bool = Field(default=True, description="Look ahead along the momentum.")
     ns_steps: int = Field(default=5, ge=1, lt=100, description="Newton-Schulz steps.")
+    ns_polynomial: Literal["jordan", "polar_express"] = Field(
+        default="jordan",
+        description="One polynomial in every step, or one made for each: with polar_express 3 steps do the work of 5.",
+    )
     adjust: Literal["original", "match_rms_adamw"] = Field(
         default="original",
         description="Factor on lr by shape: sqrt(max(1, rows/columns)), or 0.2*sqrt(max(rows, columns)), with which lr "
@@ -72,6 +84,7 @@ class Muon(Model):
             "momentum": self.momentum,
             "nesterov": self.nesterov,
             "ns_steps": self.ns_steps,
+            "ns_polynomial": self.ns_polynomial,
             "ns_precision": precision,
             "adjust": self.adjust,
         }
@@ -125,7 +138,7 @@ class MuonOptimizer(Optimizer):
             ahead = torch._foreach_lerp(grads, means, g["momentum"]) if g["nesterov"] else means
             batch = torch.stack([lying(u) for u in ahead])  # [S, m, n]
             dtype = torch.bfloat16 if g["ns_precision"] == "bf16" else torch.promote_types(batch.dtype, torch.float32)
-            updates = orthogonalise(batch.to(dtype), g["ns_steps"])
+            updates = orthogonalise(batch.to(dtype), polynomials(g["ns_polynomial"], g["ns_steps"]))
             torch._foreach_mul_(stack, 1 - g["lr"] * g["weight_decay"])
             for p, update in zip(stack, updates.unbind(0), strict=True):
                 rows, columns = p.shape
@@ -178,27 +191,32 @@ def adjustment(rule: str, rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns)) if rule == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
-def orthogonalise(x: Tensor, steps: int) -> Tensor:
+def polynomials(rule: str, steps: int) -> list[Polynomial]:
+    """Return the polynomial of each step; beyond the table its last one goes on."""
+    return [JORDAN if rule == "jordan" else POLAR[min(step, len(POLAR) - 1)] for step in range(steps)]
+
+
+def orthogonalise(x: Tensor, steps: list[Polynomial]) -> Tensor:
     """Return each [m, n] matrix of x [S, m, n], m <= n, with its singular values pushed to about 1.
 
     One step is X <- P X with P = aI + bA + cA^2 and A = X X^T.  In fp32 a long matrix takes its steps on A alone,
     A <- P A P and Q <- P Q, and X <- Q X once at the end: products of m^3 instead of m^2 n.  bf16 would lose the
     small singular values that way, since A holds their squares.
     """
-    a, b, c = COEFFICIENTS
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    room = 1.02 if steps[0] == POLAR[0] else 1.0
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * room).clamp(min=1e-7)
     if x.dtype == torch.bfloat16 or x.shape[-1] < 2 * x.shape[-2]:
-        for _step in range(steps):
+        for a, b, c in steps:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     gram = x @ x.mT
     product = None
-    for step in range(steps):
+    for number, (a, b, c) in enumerate(steps, 1):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
         product = p if product is None else p @ product
-        if step < steps - 1:
+        if number < len(steps):
             gram = p @ (gram @ p)
     assert product is not None
     return product @ x
