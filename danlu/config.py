@@ -88,7 +88,7 @@ def members(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _kind(cls: type[BaseModel]) -> str | None:
     field = cls.model_fields.get("kind")
-    return field.default if field is not None and isinstance(field.default, str) else None
+    return str(field.default) if field is not None and isinstance(field.default, str) else None
 
 
 def _is_sequence(annotation: Any) -> bool:
@@ -175,16 +175,16 @@ def _union(choices: Mapping[str | None, type[BaseModel]], value: Any, default: A
 def _unalias(cls: type[Model], data: dict[str, Any], places: dict[tuple[str | int, ...], str]) -> dict[str, Any]:
     """Move the names users know from other tools to ours; refuse a value given under both."""
     result = {k: v for k, v in data.items() if _moved(cls, k, v) == {k: v}}
-    for name in data.keys() - result.keys():
-        for dotted, value in _moved(cls, name, data[name]).items():
-            key = tuple(dotted.split("."))
-            if _get(result, key) is not None and _get(result, key) != value:
-                raise ConfigError(
-                    _("{a} and {b} say the same thing twice, and differ").format(a=name, b=dotted),
-                    where=places.get((name,)),
-                )
-            _put(result, key, value)
-            places[key] = places.get((name,), _("command line"))
+    moved = [(tuple(dotted.split(".")), value, name) for name in data if name not in result
+             for dotted, value in _moved(cls, name, data[name]).items()]
+    for key, value, name in sorted(moved, key=lambda move: len(move[0])):      # `optim` first, then its `optim.lr`
+        if _get(result, key) is not None and _get(result, key) != value:
+            raise ConfigError(
+                _("{a} and {b} say the same thing twice, and differ").format(a=name, b=".".join(key)),
+                where=places.get((name,)),
+            )
+        _put(result, key, value)
+        places[key] = places.get((name,), _("command line"))
     return result
 
 
