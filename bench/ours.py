@@ -47,7 +47,8 @@ def prepared(folder: Path, document: int) -> Path:
     with shards.Writer(out / "train", dtype="uint16") as writer:
         for start in range(0, len(ids) - 1, document):
             writer.add(ids[start : start + document], bytes=document, file=0, line=1)
-    shards.write_manifest(out, {"tokenizer": "none", "dtype": "uint16", "splits": {"train": writer.entries}, "files": ["train.bin"]})
+    shards.write_manifest(out, {"tokenizer": "none", "dtype": "uint16", "splits": {"train": writer.entries},
+                                "files": ["train.bin"]})
     return out
 
 
@@ -61,8 +62,7 @@ def model_of(shape: Size, precision: str, *, compile: bool, recompute: str = "no
     model = build(cfg)
     model.to_empty(device=device)
     model.init(0)
-    model.use(paths.choose(device, parallel.DTYPES[precision], (shape.rows, shape.heads, shape.length, shape.width // shape.heads),
-                           causal=not shape.encoder))
+    model.use(paths.rule(device, parallel.DTYPES[precision], shape.length, causal=not shape.encoder))
     return parallel.shard(model.train(), recompute=recompute, compile=compile)
 
 

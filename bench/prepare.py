@@ -54,7 +54,8 @@ def main() -> None:
     ours, theirs = [], []
     for number in range(arguments.rounds):
         theirs.append(datasets_map([text], tokenizer)["seconds"])
-        cfg = config.validate(Prepare, base | {"out": str(folder / f"run{number}"), "tokenizer": {"kind": "loaded", "path": str(tokenizer)}})
+        again = {"out": str(folder / f"run{number}"), "tokenizer": {"kind": "loaded", "path": str(tokenizer)}}
+        cfg = config.validate(Prepare, base | again)
         began = time.perf_counter()
         out = prepare(cfg, say=lambda line: None)
         ours.append(time.perf_counter() - began)

@@ -38,7 +38,8 @@ def main() -> None:
         rounds, block = ROUNDS[size]
         ours = [f"{name}:{p}" for p in arguments.precisions for name in ("danlu", "danlu+compile")]
         peers = [name for name, _least in TARGETS[size]]
-        workers = [Worker(name, size, threads=torch.get_num_threads()) for name in (*peers, *ours, f"bare:{arguments.precisions[0]}")]
+        names = (*peers, *ours, f"bare:{arguments.precisions[0]}")
+        workers = [Worker(name, size, threads=torch.get_num_threads()) for name in names]
         results = race(workers, rounds=rounds, block=block)
         for worker in workers:
             worker.close()

@@ -63,8 +63,8 @@ def main() -> None:
         print(f"{recipe}: {step} steps, {took:.1f} s with its evaluations, validation loss {final:.4f}")
         reached = next(((s, t) for s, t, value in measured if value <= loss), None)
         if reached:
-            print(f"  reached {loss:.4f} at step {reached[0]} after {reached[1]:.1f} s: {reached[1] / seconds:.2f} of the plain loop, "
-                  "target 0.5")
+            step, took = reached
+            print(f"  reached {loss:.4f} at step {step} after {took:.1f} s: {took / seconds:.2f} of the plain loop, target 0.5")
     shutil.rmtree(folder)
 
 

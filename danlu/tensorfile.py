@@ -64,9 +64,9 @@ def stream(path: Path, specs: Sequence[Spec], tensors: Iterable[Tensor], *,
         for spec, tensor in zip(specs, tensors, strict=True):
             if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
                 raise ValueError(f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}")
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             for start in range(0, len(data), PIECE):
-                _both(digest.update, file.write, memoryview(data)[start : start + PIECE])
+                _both(digest.update, file.write, data[start : start + PIECE])
             fault("ckpt.mid_shard")
         fault("ckpt.before_fsync")
         os.fsync(file.fileno())

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cli import danlu  # noqa: E402
+from cli import danlu
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,8 @@ def realdata() -> Path:
     return Path(folder)
 
 
-WORDS = ("the", "furnace", "learns", "from", "text", "and", "keeps", "what", "it", "reads", "丹炉", "炼", "模型", "数据", "never", "lies")
+WORDS = ("the", "furnace", "learns", "from", "text", "and", "keeps", "what", "it", "reads",
+         "丹炉", "炼", "模型", "数据", "never", "lies")
 
 
 @pytest.fixture(scope="session")

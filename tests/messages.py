@@ -16,7 +16,8 @@ PO = ROOT / "locale" / "zh_CN" / "LC_MESSAGES" / "danlu.po"
 # argparse speaks through the same catalogue
 ARGPARSE = ("usage: ", "positional arguments", "options", "show this help message and exit",
             "show program's version number and exit", "%(prog)s: error: %(message)s\n",
-            "the following arguments are required: %s", "unrecognized arguments: %s", "argument %(argument_name)s: %(message)s",
+            "the following arguments are required: %s", "unrecognized arguments: %s",
+            "argument %(argument_name)s: %(message)s",
             "invalid choice: %(value)r (choose from %(choices)s)", "expected one argument", "expected at least one argument",
             "invalid %(type)s value: %(value)r")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from danlu.models import decoder, encoder
 
-_MODULES = {decoder.Decoder: decoder.DecoderModel, encoder.Encoder: encoder.EncoderModel}
+Config = decoder.Decoder | encoder.Encoder
+Network = decoder.DecoderModel | encoder.EncoderModel
 
 
-def build(cfg: decoder.Decoder | encoder.Encoder, device: str = "meta") -> nn.Module:
+def build(cfg: Config, device: str = "meta") -> Network:
     """Return the module that `cfg` describes on `device`, without weights (`init` or a checkpoint fills them)."""
     with torch.device(device):
-        return _MODULES[type(cfg)](cfg)
+        return decoder.DecoderModel(cfg) if isinstance(cfg, decoder.Decoder) else encoder.EncoderModel(cfg)

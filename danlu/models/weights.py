@@ -18,7 +18,7 @@ from danlu import files, tensorfile
 from danlu.errors import ConfigError, DataError, IncompatibleError, SecurityError
 from danlu.fault import fault
 from danlu.models import decoder, decoder_config, encoder, encoder_config, names
-from danlu.models.build import build
+from danlu.models.build import Network, build
 from danlu.words import _
 
 Config = decoder.Decoder | encoder.Encoder
@@ -128,7 +128,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-         heads: Sequence[str] | None = None) -> nn.Module:
+         heads: Sequence[str] | None = None) -> Network:
     """Return the model of `folder` with its weights.  heads: an encoder's, if only these; others are left out."""
     cfg = read_config(folder)
     if heads is not None and isinstance(cfg, encoder.Encoder):

@@ -50,6 +50,17 @@ class Choice:
         return cls(**record)  # type: ignore[arg-type]
 
 
+def rule(device: str | torch.device, dtype: torch.dtype, tokens: int, *, causal: bool = True) -> Choice:
+    """Return the choice that measurements on two chips agree on (LOG.md); it never varies, so equal runs are equal.
+
+    On a CPU the fused kernel is slow in half precision, and in any precision for long rows, where half of a causal
+    product is thrown away.
+    """
+    if torch.device(device).type != "cpu" or (dtype == torch.float32 and tokens < 4 * attention.BLOCK):
+        return Choice()
+    return Choice(attention="block" if causal and tokens > 2 * attention.BLOCK else "plain" if dtype != torch.float32 else "sdpa")
+
+
 def choose(device: str | torch.device, dtype: torch.dtype, shape: Sequence[int], *, causal: bool = True) -> Choice:
     """Return the fastest choice here for attention of `shape` = [B, H, T, K] computed in `dtype`.
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from danlu import chance
 from danlu.data.shards import Shards
-from danlu.data.stream import Mixed, Stream
+from danlu.data.stream import Mixed, Overlong, Stream
 from danlu.data.tokenizer import Special
 from danlu.errors import DataError
 from danlu.fault import fault
@@ -23,7 +23,8 @@ from danlu.words import _
 Fed = tuple[dict[str, Tensor], Any]                    # the batch, and the position after it
 
 
-def stream(shards: Shards, objective: Objective, *, length: int, overlong: str, pack: bool, seed: int | None) -> Stream:
+def stream(shards: Shards, objective: Objective, *, length: int, overlong: Overlong, pack: bool,
+           seed: int | None) -> Stream:
     """Return the rows of a prepared split, cut and packed as `objective` needs them."""
     room, overlap, reserve = objective.room(length)
     return Stream(shards, length=room, overlap=overlap, reserve=reserve, overlong=overlong, pack=pack, seed=seed,
@@ -31,7 +32,10 @@ def stream(shards: Shards, objective: Objective, *, length: int, overlong: str, 
 
 
 class Steps(IterableDataset[Fed]):
-    """The batches from a position on, without end or for `rows_in_all` rows; worker w of n makes every n-th, and the loader puts them in order again."""
+    """The batches from a position on, without end or for `rows_in_all` rows.
+
+    Worker w of n makes every n-th batch; the loader puts them in order again.
+    """
 
     def __init__(self, rows: Stream | Mixed, objective: Objective, vocab: Special, *, per_step: int, length: int,
                  seed: int, position: Any, rows_in_all: int | None = None) -> None:

@@ -135,8 +135,8 @@ def overlap(train: Sequence[Shards], held_out: Shards, *, most: int = 100_000) -
     signatures = np.unique(held_out.signatures()[:most])
     found: set[int] = set()
     for shards in train:
-        for number in np.flatnonzero(np.isin(shards.signatures(), signatures)):
-            same = looked_for.get(_hash(shards.document(int(number)).ids))
+        for candidate in np.flatnonzero(np.isin(shards.signatures(), signatures)).tolist():
+            same = looked_for.get(_hash(shards.document(candidate).ids))
             if same is not None:
                 found.add(same)
     return len(found), len(looked_for), sorted(found)[:5]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from danlu import files
-from danlu.errors import NumericError, Stopped
+from danlu.errors import ConfigError, NumericError, Stopped
 from danlu.evaluate.loss import Loss
 from danlu.fault import fault
 from danlu.log import LiveLine, Metrics, count, duration, say
+from danlu.objectives.protocol import Batch
 from danlu.schedule import Schedule
 from danlu.train import guard as guards
 from danlu.train.feed import Fed
@@ -78,58 +78,6 @@ class Hooks:
     after_update: Callable[[], None]                     # averaged weights
 
 
-def fit(engine: Engine, optimizer: Optimizer, feed: Iterator[Fed], plan: Plan, hooks: Hooks, guard: Guard,
-        progress: Progress, metrics: Metrics, recorded: dict[int, str], asked: Asked, out: Path) -> Progress:
-    """Train from `progress` to `plan.total` steps, or until the patience ends or a signal asks; return the progress."""
-    live, clock = LiveLine(), _Clock()
-    moved_at = min(plan.total, _warm(plan) + guards.MOVED_AFTER)
-    before = guards.fingerprint(engine.model)
-    if progress.step == 0:
-        _evaluate(plan, hooks, progress, metrics)
-    while progress.step < plan.total:
-        step = progress.step
-        batch, position = next(feed)
-        counts = engine.objective.count(batch)
-        guards.check_counts(counts, step=step)
-        fault("train.step")
-        losses = engine.forward_backward(batch, step=step)
-        if fault("loss") == "scale50":
-            losses = losses * 50
-        loss = float((losses * engine.scales).sum())
-        guards.check_replay(recorded.pop(step + 1, None), loss, step=step + 1)
-        lr = plan.lr * plan.schedule.at(step, plan.total)
-        norm = _update(engine, optimizer, lr, loss, guard, step, batch, out)
-        hooks.after_update()
-        progress.step, progress.position = step + 1, position
-        progress.tokens += int(counts[0])
-        progress.history, progress.skipped = list(guard.history), guard.skipped
-        clock.step(int(batch["ids"].numel()))
-        if progress.step == moved_at and not guard.skipped:
-            guards.check_moved(before, engine.model, step=progress.step)
-        if progress.step % plan.log == 0 or progress.step == plan.total or guard.reason:
-            metrics.write(progress.step, _values(engine, losses, loss, lr, norm, guard, plan, clock, progress))
-        live.show(_line(plan, progress, loss, lr, norm, clock, hooks.saved()), force=progress.step == plan.total)
-        hooks.poll()
-        if _due(progress.step, plan.sample, plan.total):
-            hooks.sample()
-        if (_due(progress.step, plan.evaluate, plan.total) or progress.step == plan.total) and _evaluate(
-                plan, hooks, progress, metrics):
-            live.end()
-            say(_("stopped early at step {step}: {metric} has not fallen for {n} evaluations").format(
-                step=progress.step, metric=plan.metric, n=progress.waited))
-            break
-        best = plan.best and progress.best_step == progress.step
-        if _due(progress.step, plan.save, plan.total) or (best and progress.step < plan.total):
-            hooks.save(progress, False)
-        if asked.signal:
-            live.end()
-            hooks.save(progress, True)
-            raise Stopped(_("stopped by a signal at step {step}; the same command goes on from there").format(
-                step=progress.step), signal=asked.signal)
-    live.end()
-    return progress
-
-
 def _warm(plan: Plan) -> int:
     """Return the first step whose learning rate is at least half of what the schedule reaches."""
     factors = [plan.schedule.at(step, plan.total) for step in range(min(plan.total, 100_000))]
@@ -138,38 +86,6 @@ def _warm(plan: Plan) -> int:
 
 def _due(step: int, every: int, total: int) -> bool:
     return bool(every) and step % every == 0 and step < total
-
-
-def _update(engine: Engine, optimizer: Optimizer, lr: float, loss: float, guard: Guard, step: int,
-            batch: dict[str, Tensor], out: Path) -> float:
-    """Let the engine update if the guard allows it; a batch that stops the run is dumped first."""
-    try:
-        norm = engine.update(optimizer, lr, allow=lambda n: guard.allow(
-            loss, n, step=step + 1, scaler=engine.scaler is not None))
-    except NumericError:
-        dumped = {name: column.tolist() for name, column in batch.items()}
-        files.write_json(out / "failed-batch.json", {"step": step + 1, "batch": dumped})
-        say(_("the batch is in {file}").format(file=out / "failed-batch.json"))
-        raise
-    if guard.reason:
-        say(_("step {step}: update skipped: {why}").format(step=step + 1, why=guard.reason))
-    return norm
-
-
-def _evaluate(plan: Plan, hooks: Hooks, progress: Progress, metrics: Metrics) -> bool:
-    """Measure, write, keep the best; return whether patience has ended."""
-    measured = hooks.measure()
-    if measured is None:
-        return False
-    values = measured.values("eval/")
-    metrics.write(progress.step, values)
-    progress.evaluation = values
-    value = values.get(plan.metric, values["eval/loss"])
-    if progress.best is None or value < progress.best - plan.min_delta:
-        progress.best, progress.best_step, progress.waited = value, progress.step, 0
-        return False
-    progress.waited += 1
-    return plan.patience is not None and progress.waited >= plan.patience
 
 
 class _Clock:
@@ -198,32 +114,144 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _values(engine: Engine, losses: Tensor, loss: float, lr: float, norm: float, guard: Guard, plan: Plan,
-            clock: _Clock, progress: Progress) -> dict[str, float | int | str]:
-    values: dict[str, float | int | str] = {
-        "train/loss": loss, "grad_norm": norm, "learning_rate": lr, "tokens_per_second": round(clock.speed, 1),
-        "memory/max_alloc": memory(), "tokens": progress.tokens, "spike_score": guard.score(loss),
-    }
-    if len(losses) > 1:
-        values |= {f"train/{name}_loss": float(value) for name, value in zip(engine.objective.terms, losses, strict=True)}
-    if plan.peak:
-        values["mfu"] = round(plan.flops / max(clock.seconds, 1e-9) / plan.peak, 4)
-    if engine.scaler is not None:
-        values["loss_scale"] = float(engine.scaler.get_scale())
-    if guard.reason:
-        values["skipped"] = guard.skipped
-    return values
+@dataclass
+class Loop:
+    """A run between its first step and its last."""
 
+    engine: Engine
+    optimizer: Optimizer
+    plan: Plan
+    hooks: Hooks
+    guard: Guard
+    progress: Progress
+    metrics: Metrics
+    out: Path
+    live: LiveLine = field(default_factory=LiveLine)
 
-def _line(plan: Plan, progress: Progress, loss: float, lr: float, norm: float, clock: _Clock, saved: str) -> str:
-    left = (plan.total - progress.step) * clock.seconds
-    val = progress.evaluation.get("eval/loss", math.nan)
-    parts = [
-        _("step {step}/{total} {percent:.0f}%").format(step=progress.step, total=plan.total,
-                                                      percent=100 * progress.step / plan.total),
-        _("loss {loss:.4f}").format(loss=loss), _("val {val:.4f}").format(val=val) if val == val else "",
-        f"lr {lr:.2e}", _("grad {norm:.2f}").format(norm=norm), f"{count(clock.speed)} tok/s",
-        f"{memory() / 1e6:.0f} MB", _("ETA {time}").format(time=duration(left)),
-        _("saved {age} ago").format(age=saved) if saved else "",
-    ]
-    return " · ".join(part for part in parts if part)
+    def fit(self, feed: Iterator[Fed], *, recorded: dict[int, str], asked: Asked) -> Progress:
+        """Train to the last step, or until patience ends or a signal asks; return the progress.
+
+        recorded: exact losses of steps that an interrupted run had already made; they must come out again.
+        """
+        plan, progress, clock = self.plan, self.progress, _Clock()
+        moved_at = min(plan.total, _warm(plan) + guards.MOVED_AFTER)
+        before = guards.fingerprint(self.engine.model)
+        if progress.step == 0:
+            self.evaluate()
+        while progress.step < plan.total:
+            batch, position = next(feed)
+            losses, loss, lr, norm = self.step(batch, recorded)
+            progress.step, progress.position = progress.step + 1, position
+            clock.step(int(batch["ids"].numel()))
+            if progress.step == moved_at and not self.guard.skipped:
+                guards.check_moved(before, self.engine.model, step=progress.step)
+            if progress.step % plan.log == 0 or progress.step == plan.total or self.guard.reason:
+                self.metrics.write(progress.step, self.values(losses, loss, lr, norm, clock))
+            self.live.show(self.line(loss, lr, norm, clock), force=progress.step == plan.total)
+            self.hooks.poll()
+            if self.after_step():
+                break
+            if asked.signal:
+                self.live.end()
+                self.hooks.save(progress, True)
+                raise Stopped(_("stopped by a signal at step {step}; the same command goes on from there").format(
+                    step=progress.step), signal=asked.signal)
+        self.live.end()
+        return progress
+
+    def step(self, batch: Batch, recorded: dict[int, str]) -> tuple[Tensor, float, float, float]:
+        """Make one update if the guard allows it; return [terms] losses, their weighted sum, the rate and the norm."""
+        engine, number = self.engine, self.progress.step
+        counts = engine.objective.count(batch)
+        guards.check_counts(counts, step=number)
+        fault("train.step")
+        losses = engine.forward_backward(batch, step=number)
+        if fault("loss") == "scale50":
+            losses = losses * 50
+        loss = float((losses * engine.scales).sum())
+        guards.check_replay(recorded.pop(number + 1, None), loss, step=number + 1)
+        lr = self.plan.lr * self.plan.schedule.at(number, self.plan.total)
+        norm = self.update(batch, loss, lr)
+        self.hooks.after_update()
+        self.progress.tokens += int(counts[0])
+        self.progress.history, self.progress.skipped = list(self.guard.history), self.guard.skipped
+        return losses, loss, lr, norm
+
+    def update(self, batch: Batch, loss: float, lr: float) -> float:
+        """Let the engine update if the guard allows it; a batch that stops the run is dumped first.  Return the norm."""
+        step, scaler = self.progress.step + 1, self.engine.scaler is not None
+        try:
+            norm = self.engine.update(self.optimizer, lr, allow=lambda n: self.guard.allow(loss, n, step=step, scaler=scaler))
+        except NumericError:
+            dumped = {name: column.tolist() for name, column in batch.items()}
+            files.write_json(self.out / "failed-batch.json", {"step": step, "batch": dumped})
+            say(_("the batch is in {file}").format(file=self.out / "failed-batch.json"))
+            raise
+        if self.guard.reason:
+            say(_("step {step}: update skipped: {why}").format(step=step, why=self.guard.reason))
+        return norm
+
+    def after_step(self) -> bool:
+        """Sample, evaluate and save where it is time; return whether patience has ended."""
+        plan, progress = self.plan, self.progress
+        if _due(progress.step, plan.sample, plan.total):
+            self.hooks.sample()
+        if (_due(progress.step, plan.evaluate, plan.total) or progress.step == plan.total) and self.evaluate():
+            self.live.end()
+            say(_("stopped early at step {step}: {metric} has not fallen for {n} evaluations").format(
+                step=progress.step, metric=plan.metric, n=progress.waited))
+            return True
+        best = plan.best and progress.best_step == progress.step
+        if _due(progress.step, plan.save, plan.total) or (best and progress.step < plan.total):
+            self.hooks.save(progress, False)
+        return False
+
+    def evaluate(self) -> bool:
+        """Measure, write, keep the best; return whether patience has ended."""
+        plan, progress = self.plan, self.progress
+        measured = self.hooks.measure()
+        if measured is None:
+            return False
+        values = measured.values("eval/")
+        self.metrics.write(progress.step, values)
+        progress.evaluation = values
+        if plan.metric not in values:
+            raise ConfigError(_("there is no metric {name}; there are {names}").format(
+                name=plan.metric, names=", ".join(values)), where="stop.metric")
+        value = values[plan.metric]
+        if progress.best is None or value < progress.best - plan.min_delta:
+            progress.best, progress.best_step, progress.waited = value, progress.step, 0
+            return False
+        progress.waited += 1
+        return plan.patience is not None and progress.waited >= plan.patience
+
+    def values(self, losses: Tensor, loss: float, lr: float, norm: float, clock: _Clock) -> dict[str, float | int | str]:
+        """Return what a line of metrics says, under the field's names."""
+        values: dict[str, float | int | str] = {
+            "train/loss": loss, "grad_norm": norm, "learning_rate": lr, "tokens_per_second": round(clock.speed, 1),
+            "memory/max_alloc": memory(), "tokens": self.progress.tokens, "spike_score": self.guard.score(loss),
+        }
+        if len(losses) > 1:
+            values |= {f"train/{name}_loss": float(value)
+                       for name, value in zip(self.engine.objective.terms, losses, strict=True)}
+        if self.plan.peak:
+            values["mfu"] = round(self.plan.flops / max(clock.seconds, 1e-9) / self.plan.peak, 4)
+        if self.engine.scaler is not None:
+            values["loss_scale"] = float(self.engine.scaler.get_scale())
+        if self.guard.reason:
+            values["skipped"] = self.guard.skipped
+        return values
+
+    def line(self, loss: float, lr: float, norm: float, clock: _Clock) -> str:
+        """Return the live line."""
+        plan, progress, saved = self.plan, self.progress, self.hooks.saved()
+        val = progress.evaluation.get("eval/loss")
+        parts = [
+            _("step {step}/{total} {percent:.0f}%").format(step=progress.step, total=plan.total,
+                                                          percent=100 * progress.step / plan.total),
+            _("loss {loss:.4f}").format(loss=loss), "" if val is None else _("val {val:.4f}").format(val=val),
+            f"lr {lr:.2e}", _("grad {norm:.2f}").format(norm=norm), f"{count(clock.speed)} tok/s",
+            f"{memory() / 1e6:.0f} MB", _("ETA {time}").format(time=duration((plan.total - progress.step) * clock.seconds)),
+            _("saved {age} ago").format(age=saved) if saved else "",
+        ]
+        return " · ".join(part for part in parts if part)

@@ -70,6 +70,8 @@ class Run(Model):
     layout: Layout = Layout()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Arithmetic of the forward pass; weights stay in fp32. auto = the fastest measured on this device.")
+    paths: Literal["rule", "measure"] = Field(
+        "rule", description="Which of several equal computations runs: by a fixed rule, or by a measurement at the start.")
     compile: bool = Field(False, description="Compile one block with torch.compile and reuse it.")
     recompute: Literal["none", "full"] | Annotated[int, Field(ge=1)] = Field(
         "none", description="Recompute activations in the backward pass: none, full, or every k-th block.")
@@ -80,7 +82,8 @@ class Run(Model):
     micro_rows: int | None = Field(None, gt=0, description="… or rows per micro-batch, times layout.micro.")
     length: int = Field(gt=0, description="Tokens in a row.")
     pack: bool = Field(True, description="Fill rows with several documents, isolated from each other.")
-    overlong: Literal["error", "split", "drop", "cut"] = Field("error", description="What to do with a document longer than a row.")
+    overlong: Literal["error", "split", "drop", "cut"] = Field(
+        "error", description="What to do with a document longer than a row.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order, masks and dropout.")
     clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="Largest norm of the gradient.")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of an average of the weights, saved beside them.")
@@ -88,7 +91,8 @@ class Run(Model):
     stop: Stop | None = None
     guard: Guard = Guard()
     workers: int = Field(0, ge=0, description="Processes that make batches; 0 = this one.")
-    threads: int | None = Field(None, gt=0, description="CPU threads; by default all cores. Part of what makes a run repeat to the bit.")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads; by default all cores. Part of what makes a run repeat to the bit.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model lives.")
     verify: Literal["full", "size"] = Field("full", description="Hash prepared data before use, or compare sizes only.")
     trackers: tuple[Literal["tensorboard"], ...] = Field((), description="Where else metrics go.")
@@ -128,6 +132,12 @@ class Run(Model):
         return self
 
     @property
+    def network(self) -> Decoder | Encoder:
+        """The model's config, once it is settled."""
+        assert self.model is not None, "settled before it is asked for"
+        return self.model
+
+    @property
     def step_rows(self) -> int:
         """Rows per step."""
         if self.micro_rows is not None:
@@ -158,7 +168,8 @@ Run.ALIASES = {
     "packing": "pack", "sample_packing": "pack", "neat_packing": "pack",
     "logging_steps": "every.log", "save_steps": "every.save", "save_total_limit": "every.keep",
     "eval_steps": "every.evaluate", "early_stopping_steps": "stop.patience",
-    "per_device_train_batch_size": "micro_rows", "micro_batch_size": "micro_rows", "global_batch_size": "rows", "gradient_accumulation_steps": "layout.micro",
+    "per_device_train_batch_size": "micro_rows", "micro_batch_size": "micro_rows",
+    "global_batch_size": "rows", "gradient_accumulation_steps": "layout.micro",
     "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "max_grad_norm": "clip",
     "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps",
     "lr_scheduler_type": lambda v: {"schedule.kind": _SCHEDULES.get(v, v)},

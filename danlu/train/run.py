@@ -12,14 +12,17 @@ from danlu import files, parallel, report
 from danlu.evaluate.loss import Loss, measure, predicted_bytes
 from danlu.generate import generate
 from danlu.log import Metrics, say
+from danlu.models.decoder import DecoderModel
 from danlu.train import checkpoint, receipt
 from danlu.train.feed import Steps, batches, stream
-from danlu.train.loop import Hooks, fit
+from danlu.train.loop import Hooks, Loop
 from danlu.train.recipe import Run
 from danlu.train.saver import Saver, check_reload
 from danlu.train.setup import Data, Work, assemble, begin, make_model, open_data, resume, settle
 from danlu.train.signals import listening
 from danlu.words import _
+
+AT_ONCE = 8192                                           # tokens of a batch that is only measured, at least
 
 
 def train(run: Run) -> Path:
@@ -38,7 +41,7 @@ def train(run: Run) -> Path:
     if found is not None:
         resume(run, work, found, data)
     recorded = metrics.rewind(work.progress.step)
-    begin(run, work, data, metrics, choice)
+    begin(run, work, data, choice)
     if found is None and run.guard.reload:
         check_reload(run, work, data, choice)
     with listening() as asked:
@@ -47,8 +50,9 @@ def train(run: Run) -> Path:
         feed = batches(steps, workers=run.workers)
         saver = Saver(run, work, data, choice, last=found)
         try:
-            fit(work.engine, work.optimizer, feed, work.plan, hooks(run, work, data, saver), work.guard, work.progress,
-                metrics, recorded if receipt.same_machine(found, run) else {}, asked, run.out)
+            loop = Loop(work.engine, work.optimizer, work.plan, hooks(run, work, data, saver), work.guard, work.progress,
+                        metrics, run.out)
+            loop.fit(feed, recorded=recorded if receipt.same_machine(found, run) else {}, asked=asked)
             last = saver.finish(work.progress)
         finally:
             saver.writer.wait()
@@ -68,8 +72,9 @@ def held_out(run: Run, work: Work, data: Data) -> Loss | None:
         rows = stream(shards, run.objective, length=run.length, overlong=run.overlong,
                       pack=run.pack and run.objective.packs, seed=None)
         number = rows.rows(0)
-        steps = Steps(rows, run.objective, data.tokenizer.special, per_step=min(number, max(1, run.step_rows // run.layout.micro)),
-                      length=run.length, seed=0, position=rows.begin(), rows_in_all=number)
+        at_once = max(1, run.step_rows // run.layout.micro, AT_ONCE // run.length)
+        steps = Steps(rows, run.objective, data.tokenizer.special, per_step=min(number, at_once), length=run.length,
+                      seed=0, position=rows.begin(), rows_in_all=number)
         parts.append(measure(work.model, run.objective, (work.engine.to_device(b) for b, _after in steps),
                              work.engine.sums,
                              bytes=predicted_bytes(shards, data.tokenizer) if rows.counts["tokens_lost"] == 0 else 0))
@@ -106,7 +111,7 @@ def averaged(work: Work, do: Callable[[], Any]) -> Any:
 
 def show_sample(run: Run, work: Work, data: Data, most: int = 48) -> None:
     """Print a short text that the model writes, and keep it in samples.jsonl."""
-    if run.model.kind != "decoder" or not data.held_out or run.length < 2:
+    if not isinstance(work.model, DecoderModel) or not data.held_out or run.length < 2:
         return
     prompt = data.held_out[0].document(0).ids[: min(8, run.length // 2)].tolist()
     work.model.eval()

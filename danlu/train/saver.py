@@ -93,7 +93,7 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     work.model.eval()
     with torch.no_grad():
         before = work.engine.sums(batch)
-        fresh = build(run.model)
+        fresh = build(run.network)
         fresh.to_empty(device=work.engine.device)
         checkpoint.load(saver.last, fresh)
         fresh.use(choice)

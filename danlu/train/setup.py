@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from danlu import chance, config, files, parallel
@@ -18,7 +18,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import IncompatibleError
 from danlu.log import count, say
 from danlu.models import weights
-from danlu.models.build import build
+from danlu.models.build import Network, build
 from danlu.nn import paths
 from danlu.train import checkpoint, guard, receipt
 from danlu.train.feed import stream
@@ -76,7 +76,7 @@ def settle(run: Run, data: Data, device: torch.device, found: Path | None) -> tu
         model = run.model.filled(vocab=special.size, heads=run.objective.heads, pad=special.pad)
         changes["model"] = model
     top = max(shards.top for shards in (*data.train, *data.held_out))
-    if model.vocab < special.size or model.vocab <= top:
+    if (model.vocab or 0) < max(special.size, top + 1):
         raise IncompatibleError(
             _("the tokenizer has {n} ids and the model {m}").format(n=max(special.size, top + 1), m=model.vocab),
             fix=_("set model.vocab={n}, or use the tokenizer the model was trained with").format(n=special.size))
@@ -86,29 +86,32 @@ def settle(run: Run, data: Data, device: torch.device, found: Path | None) -> tu
     run = run.model_copy(update=changes)
     if before.get("choice"):
         return run, paths.Choice.restore(before["choice"])
-    rows = max(1, run.step_rows // run.layout.micro)
-    shape = (rows, model.heads, run.length, model.width // model.heads)
-    return run, paths.choose(device, parallel.DTYPES[run.precision], shape, causal=model.kind == "decoder")
+    dtype, causal = parallel.DTYPES[run.precision], model.kind == "decoder"
+    if run.paths == "rule":
+        return run, paths.rule(device, dtype, run.length, causal=causal)
+    shape = (max(1, run.step_rows // run.layout.micro), model.heads, run.length, model.width // model.heads)
+    return run, paths.choose(device, dtype, shape, causal=causal)
 
 
-def make_model(run: Run, choice: paths.Choice, device: torch.device) -> nn.Module:
+def make_model(run: Run, choice: paths.Choice, device: torch.device) -> Network:
     """Return the model with its first weights: random by the seed, or those of `start`."""
     if run.start is not None:
         model = weights.load(run.start, device=device, heads=run.objective.heads)
     else:
-        model = build(run.model)
+        model = build(run.network)
         model.to_empty(device=device)
         model.init(run.seed)
     model.use(choice)
     model.train()
-    return parallel.shard(model, recompute=run.recompute, compile=run.compile)
+    parallel.shard(model, recompute=run.recompute, compile=run.compile)
+    return model
 
 
 @dataclass
 class Work:
     """A run in the making: what the loop needs, and how far it is."""
 
-    model: nn.Module
+    model: Network
     engine: Engine
     optimizer: Optimizer
     ema: dict[str, Tensor] | None
@@ -118,7 +121,7 @@ class Work:
     progress: Progress
 
 
-def assemble(run: Run, data: Data, model: nn.Module, device: torch.device) -> Work:
+def assemble(run: Run, data: Data, model: Network, device: torch.device) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
     engine = Engine(model, run.objective, device=device, precision=run.precision, micro=run.layout.micro,
                     clip=run.clip, seed=run.seed)
@@ -149,7 +152,7 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
             raise IncompatibleError(
                 _("the {what} has changed: {then} then, {now} now").format(what=name, then=manifest[name][:12], now=now[:12]),
                 where=str(found), fix=_("give the data the run began with, or choose another `out`"))
-    kept, asked = (cfg.model_dump(exclude={"preset"}) for cfg in (weights.read_config(found), run.model))   # a name, no shape
+    kept, asked = (cfg.model_dump(exclude={"preset"}) for cfg in (weights.read_config(found), run.network))   # a name, no shape
     if kept != asked:
         raise IncompatibleError(_("the model is not the one the run began with"), where=str(found),
                                 fix=_("give the model of {file}, or choose another `out`").format(file=run.out / "recipe.yaml"))
@@ -167,7 +170,7 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
     say(_("resuming from {checkpoint}").format(checkpoint=found.name))
 
 
-def begin(run: Run, work: Work, data: Data, metrics: Metrics, choice: paths.Choice) -> None:
+def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
     """Write the receipt, say the plan, and look for evaluation rows in the training data."""
     parameters = sum(p.numel() for p in work.model.parameters())
     shared = {}
@@ -177,7 +180,7 @@ def begin(run: Run, work: Work, data: Data, metrics: Metrics, choice: paths.Choi
                   parameters=parameters, choice=choice.record(), audit={"overlap": shared, "rows": work.rows.counts})
     say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "
           "{threads} threads").format(
-        model=run.model.kind, parameters=count(parameters), total=work.plan.total, rows=run.step_rows, length=run.length,
+        model=run.network.kind, parameters=count(parameters), total=work.plan.total, rows=run.step_rows, length=run.length,
         precision=run.precision, device=work.engine.device.type, threads=torch.get_num_threads()))
     lost = work.rows.counts
     if lost["split"] or lost["dropped"] or lost["cut"]:

@@ -6,7 +6,7 @@ of the same rows gives the same loss and gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from torch.optim import Optimizer
 
 from danlu import chance
 from danlu.fault import fault
-from danlu.objectives.protocol import Objective
+from danlu.objectives.protocol import Batch, Objective
 from danlu.parallel import autocast
-
-Batch = Mapping[str, Tensor]
 
 
 class Engine:

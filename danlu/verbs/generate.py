@@ -11,6 +11,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError
 from danlu.generate import generate, text
 from danlu.models import weights
+from danlu.models.decoder import DecoderModel
 from danlu.train import checkpoint
 from danlu.words import _
 
@@ -21,6 +22,8 @@ def main(run: Path, *, prompt: str, max_new_tokens: int | None, temperature: flo
     device = parallel.start(threads=None, device="auto")
     folder = checkpoint.chosen(run)
     tokenizer, model = Tokenizer.load(folder), weights.load(folder, device=device)
+    if not isinstance(model, DecoderModel):
+        raise ConfigError(_("an encoder does not write; give a decoder"), where=str(run))
     if prompt == "-":
         prompt = sys.stdin.read()
     ids = tokenizer.encode(prompt).tolist()

@@ -251,8 +251,9 @@ def test_pickles_are_refused_and_never_opened(recipe: Path, tmp_path: Path) -> N
 
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 320, "n_embd": 8, "n_layer": 1, "n_head": 1,
-                                                    "n_positions": 32, "architectures": ["GPT2LMHeadModel"]}))
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "gpt2", "vocab_size": 320, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 32,
+        "architectures": ["GPT2LMHeadModel"]}))
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     ended = danlu("generate", folder, "--prompt", "x").clean()
     assert ended.code in (3, 7) and not marker.exists()
