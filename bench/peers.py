@@ -134,9 +134,7 @@ def whole_loss(model: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], file: P
     return float(torch.stack(losses).sum()) / rows
 
 
-def nanogpt_steps(
-    size: str, precision: str, *, data: str | None = None, total: int = 2000, seed: int = 1337
-) -> Contender:
+def nanogpt_steps(size: str, precision: str, *, data: str | None = None, total: int = 2000, seed: int = 1337) -> Contender:
     """Return the loop of train.py with the settings of its character recipe.
 
     As shipped it runs fp32 on a CPU; `bf16` adds the autocast that it uses on a GPU.
@@ -254,13 +252,37 @@ def hf_collator(size: Size) -> Any:
     return DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=True, mlm_probability=0.15)
 
 
+def hf_arguments(size: Size, precision: str, scratch: str, *, seed: int) -> Any:
+    """Return the Trainer's settings: its defaults but for the recipe's, and nothing that stops between steps."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=scratch,
+        use_cpu=True,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        max_steps=10**7,
+        seed=seed,
+        per_device_train_batch_size=size.rows,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
 def trainer_steps(size: str, precision: str, *, data: str | None = None, seed: int = 0) -> Contender:
     """Return the Trainer's own loop, let through one step at a time.
 
     `Trainer.train()` runs in a thread and waits at `on_step_begin`; a step is everything between two such moments,
     so start-up is left out and batch loading, collating, clipping, the scheduler and the callbacks are not.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     shape = SIZES[size]
     go, arrived = threading.Semaphore(0), threading.Semaphore(0)
@@ -276,28 +298,10 @@ def trainer_steps(size: str, precision: str, *, data: str | None = None, seed: i
             control.should_training_stop = ended.is_set()
 
     scratch = tempfile.mkdtemp(prefix="bench-trainer-")
-    arguments = TrainingArguments(
-        output_dir=scratch,
-        use_cpu=True,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        max_steps=10**7,
-        seed=seed,
-        per_device_train_batch_size=shape.rows,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        eval_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
     torch.manual_seed(seed)
     trainer = Trainer(
         model=hf_model(shape),
-        args=arguments,
+        args=hf_arguments(shape, precision, scratch, seed=seed),
         data_collator=hf_collator(shape),
         callbacks=[Gate()],
         train_dataset=Rows(folder_of(shape, data) / "train.bin", shape),
