@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from danlu.data.shards import Shards
 from danlu.data.stream import Position, Stream
 from danlu.errors import ConfigError, DataError, NumericError
-from danlu.schedule import Schedule
+from danlu.schedule import Schedule, check
 from danlu.words import _
 
 HISTORY = 128                                           # losses that a new one is compared with
@@ -100,7 +100,8 @@ def check_source(stream: Stream, name: str, rows: int = 512) -> None:
 
 
 def check_schedule(schedule: Schedule, total: int) -> None:
-    """Raise ConfigError if the learning rate never leaves 0."""
+    """Raise ConfigError if the learning rate never leaves 0, or the schedule is longer than the run."""
+    check(schedule, total)
     steps = sorted({0, total - 1, *range(0, total, max(1, total // 1000))})
     if max(schedule.at(step, total) for step in steps) <= 0.0:
         raise ConfigError(_("the learning rate is 0 at every step of this schedule"), where="schedule",

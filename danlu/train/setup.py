@@ -52,6 +52,13 @@ def open_data(run: Run) -> Data:
     folders = {str(s.path): Tokenizer.load(s.path / "tokenizer") for s in (*run.data, *run.eval)}
     if run.start is not None and (run.start / "tokenizer.json").is_file():
         folders[str(run.start)] = Tokenizer.load(run.start)
+    for shards in (*train, *held_out):
+        prepared, there = shards.manifest["tokenizer"], folders[str(shards.folder)].sha256
+        if prepared != there:
+            raise IncompatibleError(
+                _("the data was prepared with the tokenizer {then} and the folder holds {now}").format(
+                    then=prepared[:12], now=there[:12]),
+                where=str(shards.folder), fix=_("put the tokenizer back, or prepare the data again"))
     hashes = {t.sha256 for t in folders.values()}
     if len(hashes) > 1:
         raise IncompatibleError(
