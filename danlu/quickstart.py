@@ -13,7 +13,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ PROBES = 6                                               # steps that are timed
 FEWEST, MOST = 40, 5000                                  # steps
 
 ROWS, LENGTH, VOCAB = 16, 128, 4096
+SIZE: Mapping[str, int] = {"width": 192, "layers": 4, "heads": 6}
 
 CORPUS = """\
 # What `danlu quickstart` prepared; `danlu prepare {file}` repeats it.
@@ -108,7 +109,8 @@ def make_data(out: Path) -> Path:
     corpus, recipe = out / "corpus", out / "corpus.yaml"
     if not (corpus / "zh.jsonl").is_file():
         corpus.mkdir(exist_ok=True)
-        for name, texts in (("python.jsonl", python_texts()), ("zh.jsonl", chinese_texts())):
+        python = python_texts(Path(sysconfig.get_path("stdlib")))
+        for name, texts in (("python.jsonl", python), ("zh.jsonl", chinese_texts())):
             lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
             files.write_text(corpus / name, lines)
             say(_("collected {file}: {size:.1f} MB").format(file=corpus / name, size=len(lines.encode()) / 1e6))
@@ -119,9 +121,8 @@ def make_data(out: Path) -> Path:
     return prepare(config.load(Prepare, recipe), say=say)
 
 
-def python_texts() -> Iterator[str]:
-    """Yield Python's help topics and the docstrings of its library, read from its files; nothing is imported."""
-    root = Path(sysconfig.get_path("stdlib"))
+def python_texts(root: Path) -> Iterator[str]:
+    """Yield Python's help topics and the docstrings of its library in `root`, read from its files; nothing is imported."""
     for path in sorted(root.rglob("*.py")):
         if SKIPPED & set(path.relative_to(root).parts):
             continue
@@ -173,7 +174,7 @@ def draft(out: Path, data: Path, steps: int) -> Run:
         say(_("no report.html will be written: {command} brings it").format(command='pip install "danlu[report]"'))
     return config.validate(Run, {
         "out": str(out / "run"), "data": [{"path": str(data)}],
-        "model": {"kind": "decoder", "family": "llama", "width": 192, "layers": 4, "heads": 6, "context": 256, "tied": True},
+        "model": {"kind": "decoder", "family": "llama", **SIZE, "context": 256, "tied": True},
         "objective": {"kind": "causal_lm"},
         "optim": {"kind": "muon", "lr": 0.02, "adam_lr": 0.004, "weight_decay": 0.05},
         "schedule": {"kind": "wsd", "warmup": 0.03, "decay": 0.5, "shape": "linear", "floor": 0.02},
