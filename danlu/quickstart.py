@@ -30,6 +30,7 @@ from danlu.errors import ConfigError, DataError, NumericError, Stopped
 from danlu.evaluate.run import Result, Subject, evaluate, open_subject, read_prepared
 from danlu.log import count, duration, say
 from danlu.models.build import build
+from danlu.models.decoder import Decoder
 from danlu.nn import paths
 from danlu.train.recipe import Run
 from danlu.train.run import train
@@ -43,7 +44,8 @@ PROBES = 6                                               # steps that are timed
 FEWEST, MOST = 40, 5000                                  # steps
 
 ROWS, LENGTH, VOCAB = 16, 128, 4096
-SIZE: Mapping[str, int] = {"width": 192, "layers": 4, "heads": 6}
+MODEL: Mapping[str, Any] = {"kind": "decoder", "family": "llama", "context": 256, "tied": True}
+SIZE: Mapping[str, int] = {"width": 128, "layers": 4, "heads": 4}
 
 CORPUS = """\
 # What `danlu quickstart` prepared; `danlu prepare {file}` repeats it.
@@ -52,7 +54,7 @@ CORPUS = """\
 PRETRAIN = """\
 # What `danlu quickstart` trained; `danlu train {file}` repeats it.
 # The steps are what fitted into {minutes:g} minutes on the machine that wrote this.
-# 快速上手的模型：约 250 万参数的解码器，从零训练；步数按本机速度算出。
+# 快速上手的模型：约 140 万参数的解码器，从零训练；步数按本机速度算出。
 """
 
 
@@ -92,12 +94,13 @@ def tell_plan(out: Path, device: torch.device, minutes: float) -> None:
     """Say what will happen and how long it takes."""
     precision = parallel.fastest(device)
     rate = parallel.peak(device, precision)
+    size = sum(p.numel() for p in build(Decoder.model_validate({**MODEL, **SIZE, "vocab": VOCAB})).parameters())
     for line in (
             _("Plan, all in the folder {out}, without network:").format(out=out),
             _("  1 collect text that Python brings (documentation of language and library) and a few Chinese pages"),
-            _("  2 prepare it: clean, drop duplicates, hold some out, learn a tokenizer of 4096 tokens"),
-            _("  3 train a decoder of about 2.5 million parameters for about {time} ({rate:.0f} GFLOP/s in {precision} here)")
-            .format(time=duration(60 * minutes), rate=rate / 1e9, precision=precision),
+            _("  2 prepare it: clean, drop duplicates, hold some out, learn a tokenizer of {n} tokens").format(n=VOCAB),
+            _("  3 train a decoder of {n} parameters for about {time} ({rate:.0f} GFLOP/s in {precision} here)").format(
+                n=count(size), time=duration(60 * minutes), rate=rate / 1e9, precision=precision),
             _("  4 evaluate it before and after on the held-out text, write a report"),
             _("Expected: about {time} in all.  Ctrl-C stops; the same command goes on.").format(
                 time=duration(60 * minutes + OTHER))):
@@ -174,7 +177,7 @@ def draft(out: Path, data: Path, steps: int) -> Run:
         say(_("no report.html will be written: {command} brings it").format(command='pip install "danlu[report]"'))
     return config.validate(Run, {
         "out": str(out / "run"), "data": [{"path": str(data)}],
-        "model": {"kind": "decoder", "family": "llama", **SIZE, "context": 256, "tied": True},
+        "model": {**MODEL, **SIZE},
         "objective": {"kind": "causal_lm"},
         "optim": {"kind": "muon", "lr": 0.02, "adam_lr": 0.004, "weight_decay": 0.05},
         "schedule": {"kind": "wsd", "warmup": 0.03, "decay": 0.5, "shape": "linear", "floor": 0.02},
