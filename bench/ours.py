@@ -52,13 +52,17 @@ def prepared(folder: Path, document: int) -> Path:
     return out
 
 
-def model_of(shape: Size, precision: str, *, compile: bool, recompute: str = "none") -> nn.Module:
-    """Return the model that the peers train too: GPT-2's with erf-GELU, or BERT's with dropout 0.1 as its Trainer has it."""
+def model_of(shape: Size, precision: str, *, compile: bool, recompute: str = "none", bias: bool = False) -> nn.Module:
+    """Return the model that the peers train too: GPT-2's with erf-GELU, or BERT's with dropout 0.1 as its Trainer has it.
+
+    nanoGPT's has no biases, the Trainer's has.
+    """
     device = parallel.start(threads=None, device="cpu")
     common: dict[str, Any] = {"vocab": shape.vocabulary, "width": shape.width, "layers": shape.layers, "heads": shape.heads,
                               "context": shape.length}
     cfg = (Encoder(family="bert", outputs=("mlm",), dropout=0.1, **common) if shape.encoder
-           else Decoder(family="gpt2", **common))
+           else Decoder(family="gpt2", activation="gelu", qkv_bias=bias, out_bias=bias, mlp_bias=bias, norm_bias=bias,
+                        **common))
     model = build(cfg)
     model.to_empty(device=device)
     model.init(0)
@@ -77,10 +81,10 @@ def feed_of(shape: Size, data: str | None) -> tuple[Any, Iterator[tuple[dict[str
 
 
 def danlu_steps(size: str, precision: str, *, data: str | None = None, compile: bool = False, micro: int = 1,
-                recompute: str = "none") -> Contender:
+                recompute: str = "none", bias: bool = False) -> Contender:
     """Return the loop as `danlu train` runs it, without its files and its live line."""
     shape = SIZES[size]
-    model = model_of(shape, precision, compile=compile, recompute=recompute)
+    model = model_of(shape, precision, compile=compile, recompute=recompute, bias=bias)
     objective, feed = feed_of(shape, data)
     engine = Engine(model, objective, device=torch.device("cpu"), precision=precision, micro=micro, clip=1.0, seed=0)
     optimizer = AdamW(lr=1e-3).build(model.named_parameters())
@@ -95,6 +99,11 @@ def danlu_steps(size: str, precision: str, *, data: str | None = None, compile: 
         number += 1
 
     return Contender(step)
+
+
+def biased_steps(size: str, precision: str, **more: Any) -> Contender:
+    """Return the same with the biases that the Trainer's GPT-2 has."""
+    return danlu_steps(size, precision, bias=True, **more)
 
 
 def compiled_steps(size: str, precision: str, **more: Any) -> Contender:
