@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, model_validator
 
 from danlu.config import Model
-from danlu.errors import DataError, SecurityError
+from danlu.errors import ConfigError, DataError, SecurityError
 from danlu.words import _
 
 Format = Literal["auto", "txt", "jsonl", "json", "csv", "tsv", "parquet"]
@@ -127,12 +127,17 @@ def split_take(item: Input) -> Input:
 def resolve(inputs: Iterable[Input]) -> list[File]:
     """Return every file that the inputs stand for, in the order of the inputs, then of the names.
 
-    Raises DataError for a name that leads to nothing, SecurityError for a pickle.
+    Raises DataError for a name that leads to nothing, SecurityError for a pickle, ConfigError for a stray take_seed.
     """
-    return [file for number, item in enumerate(inputs) for file in _files(number, split_take(item))]
+    found = [file for number, item in enumerate(inputs) for file in _files(number, split_take(item))]
+    if sum(file.path == "-" for file in found) > 1:
+        raise DataError(_("standard input can be read by one input only"), where="-", fix=_("name it once"))
+    return found
 
 
 def _files(number: int, item: Input) -> list[File]:
+    if item.take is None and item.take_seed is not None:
+        raise ConfigError(_("take_seed says how to take rows, but not how many"), where=item.path, fix=_("set `take`"))
     if item.path == "-":
         if item.format == "auto":
             raise DataError(_("standard input has no name to tell its format"), where="-",

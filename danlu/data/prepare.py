@@ -39,7 +39,8 @@ __all__ = ["Prepare", "prepare"]
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 MANY = 10_000                                       # classes; more are no classes
-SAMPLE = 500                                        # documents of a split that the tokenizer's report looks at
+SAMPLE = 250                                        # training documents that the tokenizer's report looks at
+BEGINNING = 100                                     # tokens of each
 
 
 def prepare(cfg: Prepare, *, say: Callable[[str], None] = log.say) -> Path:
@@ -190,6 +191,9 @@ def _shards(job: Job, state: Progress, bounds: dict[str, split.Bounds] | None, c
     size, labels = job.cfg.shard_tokens, bounds is not None
     shelves = {name: Shelf(job.cfg.out, name, dtype=chosen.dtype, tokens=size, labels=labels) for name in NAMES}
     state.restore(shelves, ledger.seen)
+    if commit:
+        job.say(_("going on after {rows} rows; {n} shards stand already").format(
+            rows=ledger.totals.read, n=sum(len(shelf.entries) for shelf in shelves.values())))
     numbers = {label: number for number, label in enumerate(bounds or ())}
     work = job.work("ids", bounds=bounds, tokenizer=job.cfg.out / "tokenizer")
     for answer, keep in job.rows(ledger, state, work, _("tokenising"), commit):
@@ -222,13 +226,13 @@ def _check_leaks(cfg: Prepare, ledger: Ledger) -> None:
 
 
 def _sample(out: Path, entries: list[shards.Entry], chosen: Tokenizer) -> Iterator[str]:
-    """Yield the texts of documents spread evenly over the shards of a split, a few hundred KB of them."""
+    """Yield the beginnings of documents spread evenly over the shards of a split."""
     share = max(1, sum(entry.documents for entry in entries) // SAMPLE)
     for entry in entries:
         arrays = mapped.read(out / entry.file, entry.bytes)
         for number in range(0, entry.documents, share):
             start, stop = arrays["offsets"][number:number + 2]
-            yield chosen.decode(arrays["ids"][start:min(stop, start + 1000)], special=False)
+            yield chosen.decode(arrays["ids"][start:min(stop, start + BEGINNING)], special=False)
 
 
 def _finish(job: Job, state: Progress, *, config: dict[str, Any], ledger: Ledger, chosen: Tokenizer,
@@ -242,8 +246,8 @@ def _finish(job: Job, state: Progress, *, config: dict[str, Any], ledger: Ledger
                        "rows": totals.rows[str(number)]})
     for name in NAMES:
         progress.prune(job.cfg.out, name, keep=len(entries.get(name, ())))
-    samples = {name: _sample(job.cfg.out, found, chosen) for name, found in entries.items()}
-    files.write_json(job.cfg.out / "report.json", report | {"tokenizer": coverage.report(chosen, samples)})
+    told = coverage.report(chosen, {"train": _sample(job.cfg.out, entries["train"], chosen)})
+    files.write_json(job.cfg.out / "report.json", report | {"tokenizer": told})
     fault("prepare.before_manifest")
     content = {"tokenizer": chosen.sha256, "dtype": chosen.dtype, "splits": entries, "inputs": inputs, "config": config,
                "files": [file.path for file in job.files], "counts": report["rows"]}

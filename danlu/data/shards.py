@@ -101,10 +101,7 @@ class Writer:
             arrays[name] = wide.astype(kind)
             if np.dtype(kind).kind in "iu" and not np.array_equal(arrays[name], wide):
                 raise ValueError(f"column {name!r} does not fit {kind}")
-        name = f"{self.number:05d}.safetensors"
-        size, sha256 = mapped.write(self.folder / name, arrays)
-        top = int(ids.max()) if ids.size else -1
-        self.entries.append(Entry(f"{self.folder.name}/{name}", sha256, size, len(offsets) - 1, len(ids), top))
+        self.entries.append(write(self.folder, self.number, arrays))
         self.number += 1
         self._clear()
 
@@ -126,6 +123,14 @@ class Writer:
         self._weights: list[np.ndarray] = []
         self._sizes, self._size = array("q"), 0
         self._values = {n: array("q" if np.dtype(k).kind in "iu" else "d") for n, k in self.columns.items()}
+
+
+def write(folder: Path, number: int, arrays: Mapping[str, np.ndarray]) -> Entry:
+    """Write one shard, whole and durable, from its ids, offsets and columns; return its entry."""
+    name, ids = f"{number:05d}.safetensors", arrays["ids"]
+    size, sha256 = mapped.write(folder / name, arrays)
+    top = int(ids.max()) if ids.size else -1
+    return Entry(f"{folder.name}/{name}", sha256, size, len(arrays["offsets"]) - 1, len(ids), top)
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:

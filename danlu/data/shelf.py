@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from danlu.data import mapped
+from danlu.data import shards
 from danlu.data.shards import COLUMNS, DOCUMENTS, Entry
 from danlu.fault import fault
 
@@ -72,8 +72,5 @@ class Shelf:
                   **{name: held[name].astype(kind, copy=False) for name, kind in self.kinds.items()}}
         folder = self.folder / self.split
         folder.mkdir(exist_ok=True)
-        name = f"{len(self.entries):05d}.safetensors"
-        size, sha256 = mapped.write(folder / name, arrays)
-        top = int(arrays["ids"].max()) if len(arrays["ids"]) else -1
-        self.entries.append(Entry(f"{self.split}/{name}", sha256, size, len(offsets) - 1, len(arrays["ids"]), top))
+        self.entries.append(shards.write(folder, len(self.entries), arrays))
         fault("prepare.shard")

@@ -286,3 +286,11 @@ def test_answers_come_in_the_order_of_the_questions() -> None:
     answers = pool.ordered(questions(), math.factorial, workers=3, name=str)
     assert next(answers) == 1 and len(asked) <= 13                     # only so many are open
     assert list(answers) == [math.factorial(number * 7 % 40) for number in range(1, 40)]
+
+
+def test_the_report_says_what_the_tokenizer_makes_of_the_rows(tmp_path: Path) -> None:
+    han, latin = ["炉火纯青炼丹" * 5] * 10, ["furnace " * 9] * 10
+    out = run(tmp_path / "out", put(tmp_path, "a.jsonl", han + latin), dedup="none", split={"by": "none"})
+    scripts = report(out)["tokenizer"]["samples"]["train"]["scripts"]
+    assert scripts["Han"] == {"bytes": 900, "tokens": 300, "bytes_per_token": 3.0}
+    assert scripts["Latin"]["tokens"] == 630

@@ -317,6 +317,8 @@ def test_folders_patterns_and_names_that_lead_nowhere(tmp_path: Path) -> None:
         assert path in str(caught.value)
     with pytest.raises(DataError, match="set `format"):
         resolve([Input(path="-")])
+    with pytest.raises(DataError, match="one input only"):
+        resolve([Input(path="-", format="txt"), Input(path="-", format="jsonl")])
 
 
 def test_take_gives_the_first_rows_or_a_seeded_choice(tmp_path: Path) -> None:
@@ -328,5 +330,7 @@ def test_take_gives_the_first_rows_or_a_seeded_choice(tmp_path: Path) -> None:
     chosen = [[int(text) for _line, text in rows(Input(path=path, take=10, take_seed=seed))[0]] for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1] == sorted(set(chosen[0])) and len(chosen[0]) == 10
     assert chosen[0] != chosen[2] and max(chosen[0] + chosen[2]) > 50
+    with pytest.raises(ConfigError, match="how many"):
+        rows(Input(path=path, take_seed=1))
     named = put(tmp_path, "odd.txt#2", "a\nb\nc\n")
     assert len(rows(Input(path=named, format="txt"))[0]) == 3
