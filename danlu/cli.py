@@ -155,7 +155,7 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
 def _quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help=_("folder for everything it makes"))
     parser.add_argument("--steps", type=int, help=_("training steps (default: what fits into the time)"))
-    parser.add_argument("--minutes", type=float, default=2.0, help=_("time to train for"))
+    parser.add_argument("--minutes", type=float, default=1.6, help=_("time to train for"))
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:

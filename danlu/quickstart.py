@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -41,7 +42,7 @@ OTHER = 45                                               # seconds for all but t
 SHORTEST = 120                                           # characters of a docstring worth reading
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 PROBES = 6                                               # steps that are timed
-FEWEST, MOST = 40, 5000                                  # steps
+FEWEST, MOST = 20, 5000                                  # steps
 
 ROWS, LENGTH, VOCAB = 16, 128, 4096
 MODEL: Mapping[str, Any] = {"kind": "decoder", "family": "llama", "context": 256, "tied": True}
@@ -105,6 +106,10 @@ def tell_plan(out: Path, device: torch.device, minutes: float) -> None:
             _("Expected: about {time} in all.  Ctrl-C stops; the same command goes on.").format(
                 time=duration(60 * minutes + OTHER))):
         say(line)
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores:
+        say(_("other processes are busy (load {load:.1f} on {cores} cores): it will take longer, or learn less").format(
+            load=load, cores=cores))
 
 
 def make_data(out: Path) -> Path:
@@ -162,8 +167,8 @@ def make_recipe(out: Path, data: Path, device: torch.device, *, steps: int | Non
     if not recipe.is_file():
         seconds = probe(draft(out, data, 1), Tokenizer.load(data / "tokenizer").special.size, device)
         number = steps or min(MOST, max(FEWEST, round(60 * minutes / seconds)))
-        say(_("a step takes {ms:.0f} ms here: {steps} steps, {tokens} tokens").format(
-            ms=1000 * seconds, steps=number, tokens=count(number * ROWS * LENGTH)))
+        say(_("a step takes {ms:.0f} ms here: {steps} steps, {tokens} tokens, about {time}").format(
+            ms=1000 * seconds, steps=number, tokens=count(number * ROWS * LENGTH), time=duration(number * seconds)))
         head = PRETRAIN.format(file=shlex.quote(str(recipe)), minutes=minutes)
         files.write_text(recipe, head + config.to_yaml(draft(out, data, number), only_set=True))
         say(_("wrote {corpus} and {recipe}, which repeat this").format(corpus=out / "corpus.yaml", recipe=recipe))
