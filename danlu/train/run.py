@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from danlu import files, parallel, report
+from danlu.errors import ConfigError
 from danlu.evaluate.loss import Loss, measure, predicted_bytes
 from danlu.generate import generate
 from danlu.log import Metrics, say
@@ -28,6 +29,9 @@ AT_ONCE = 8192                                           # tokens of a batch tha
 def train(run: Run) -> Path:
     """Train as `run` says, or go on where an interrupted run of the same folder stopped; return the last checkpoint."""
     files.check_writable(run.out)
+    if not run.resume and checkpoint.listing(run.out):
+        raise ConfigError(_("the folder holds checkpoints, and resume is false: old and new ones would mix"), where=str(run.out),
+                          fix=_("choose another `out`, or leave resume at true"))
     if run.report:
         report.require()
     device = parallel.start(threads=run.threads, device=run.device)

@@ -261,6 +261,14 @@ def test_pickles_are_refused_and_never_opened(recipe: Path, tmp_path: Path) -> N
     assert ended.code == 7 and not marker.exists()
 
 
+def test_a_run_that_may_not_resume_leaves_older_checkpoints_alone(recipe: Path, tmp_path: Path) -> None:
+    assert danlu("train", recipe, "--out", tmp_path / "a", "steps=10").code == 0
+    before = weights_hash(tmp_path / "a")
+    ended = danlu("train", recipe, "--out", tmp_path / "a", "steps=20", "resume=false").clean()
+    assert ended.code == 2 and "resume" in ended.last
+    assert weights_hash(tmp_path / "a") == before
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="user namespaces")
 def test_training_needs_no_network(recipe: Path, tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-rn", "true"], check=False).returncode:
