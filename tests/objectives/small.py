@@ -1,9 +1,9 @@
 """A small vocabulary and rows to learn from: ids 0..4 are [PAD] [UNK] [CLS] [SEP] [MASK], 5 ends a sentence."""
 
 import numpy as np
-from danlu.data.tokenizer import Special
 
 from danlu import chance
+from danlu.data.tokenizer import Special
 
 PAD, UNK, CLS, SEP, MASK, STOP = range(6)
 SIZE = 200
