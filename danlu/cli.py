@@ -168,6 +168,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
     parser.add_argument("--out", type=Path, help=_("write the result as JSON"))
+    parser.add_argument("--samples", type=Path, help=_("write the figures of each document as JSON lines"))
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:

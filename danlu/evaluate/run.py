@@ -39,7 +39,7 @@ LENGTH = 2048                                            # longest row where nei
 
 
 def main(run: Path, *, data: str | None, split: str, sample_by: str, text: str, length: int | None, precision: str,
-         out: Path | None, as_json: bool) -> int:
+         out: Path | None, samples: Path | None, as_json: bool) -> int:
     """Print loss, perplexity, bits per byte (a decoder), masked loss, accuracies (an encoder), with 95 % intervals."""
     device = parallel.start(threads=None, device="auto")
     subject = open_subject(run)
@@ -51,6 +51,8 @@ def main(run: Path, *, data: str | None, split: str, sample_by: str, text: str, 
         results.append(evaluate(subject, documents, task=Path(place).stem or place, length=length, precision=precision,
                                 device=device))
     record = merged([result.record() for result in results])
+    if samples is not None:
+        files.rewrite_lines(samples, ({"task": r.task, **line} for r in results for line in r.tally.samples()))
     if out is not None:
         files.write_json(out, record)
     if as_json:
@@ -128,7 +130,7 @@ def read_prepared(folder: Path, split: str, tokenizer: Tokenizer) -> Iterator[Do
             where=str(folder), fix=_("give the text itself: it is tokenised for this model"))
     for number in range(shards.documents):
         one = shards.document(number)
-        yield Document(one.ids.astype(np.int64), int(one.columns["bytes"]), one.weights)
+        yield Document(one.ids.astype(np.int64), int(one.columns["bytes"]), one.weights, shards.where(number))
 
 
 def read_text(place: str, tokenizer: Tokenizer, *, sample_by: str, text: str) -> Iterator[Document]:
@@ -137,7 +139,7 @@ def read_text(place: str, tokenizer: Tokenizer, *, sample_by: str, text: str) ->
     source = sources.read(item)
     while records := list(islice(source, 256)):
         for record, ids in zip(records, tokenizer.encode_batch([r.text for r in records]), strict=True):
-            yield Document(tokenizer.frame(ids), record.bytes)
+            yield Document(tokenizer.frame(ids), record.bytes, None, f"{record.file}:{record.line}")
 
 
 @dataclass

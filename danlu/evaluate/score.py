@@ -34,6 +34,7 @@ class Document(NamedTuple):
     ids: np.ndarray
     bytes: int                                           # of the text, UTF-8
     weights: np.ndarray | None = None
+    where: str = ""                                      # file:line
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Tally:
     sums: dict[str, list[float]] = field(default_factory=dict)       # metric -> [P]
     counts: dict[str, list[float]] = field(default_factory=dict)
     bytes: list[int] = field(default_factory=list)       # [documents] bytes of the tokens that are predicted
+    where: list[str] = field(default_factory=list)       # [documents] file:line
     tokens: int = 0                                      # read
     first: int = 0                                       # tokens that nothing stands before, so nothing predicts
     unknown: int = 0                                     # ids of unk: their text is lost, and cheap to "predict"
@@ -72,6 +74,18 @@ class Tally:
             if name == "loss" and any(self.bytes) and not self.partial:
                 result["bits_per_byte"] = estimate(sums / math.log(2), self._shared(np.array(self.bytes, float)))
         return result
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Yield for each document where it stands and its own figures; None where nothing of it counts."""
+        owner, size = np.array(self.document, np.int64), len(self.bytes)
+        counts = {name: np.bincount(owner, weights=self.counts[name], minlength=size) for name in self.sums}
+        means = {name: np.bincount(owner, weights=self.sums[name], minlength=size) / np.maximum(counts[name], 1e-300)
+                 for name in self.sums}
+        for number in range(size):
+            figures = {name: float(means[name][number]) if counts[name][number] else None for name in means}
+            predicted = int(max((counts[name][number] for name in counts), default=0))
+            yield {"doc_id": number, "where": self.where[number], "predicted": predicted,
+                   "bytes": self.bytes[number], **figures}
 
     def _drawn(self, values: list[float]) -> Floats:
         """Return values [P] summed into what is drawn."""
@@ -129,6 +143,7 @@ def _cut(window: Sequence[Document], objective: Objective, tokenizer: Tokenizer,
         tally.unknown += int((ids == special.unk).sum()) if special.unk is not None else 0
         bare = overlap > 0 and len(ids) > 0 and not special.reserved[ids[0]]
         tally.first += bare
+        tally.where.append(document.where)
         tally.bytes.append(max(0, document.bytes - (len(tokenizer.pieces[int(ids[0])]) if bare else 0)))
         for piece, start in enumerate(range(0, max(1, len(ids) - overlap), step)):
             part = slice(start, start + step + overlap)

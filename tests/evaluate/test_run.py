@@ -80,10 +80,16 @@ def brute(folder: Path, text: str, length: int) -> tuple[float, int, int]:
 def test_a_decoder_scores_as_transformers_says(decoder: Path, tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     out, data = tmp_path / "result.json", str(held_out(tmp_path))
-    code = cli.main(["eval", str(decoder), "--data", data, "--length", "32", "--out", str(out), "--json"])
+    code = cli.main(["eval", str(decoder), "--data", data, "--length", "32", "--out", str(out), "--json",
+                     "--samples", str(tmp_path / "samples.jsonl")])
     printed = json.loads(capsys.readouterr().out)
     found = json.loads(out.read_text())
-    nats, tokens, size = (sum(column) for column in zip(*(brute(decoder, t, 32) for t in TEXTS), strict=True))
+    each = [brute(decoder, text, 32) for text in TEXTS]
+    nats, tokens, size = (sum(column) for column in zip(*each, strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in lines] == [f"{data}:{n + 1}" for n in range(len(TEXTS))]
+    assert [line["loss"] for line in lines] == pytest.approx([one[0] / one[1] for one in each], rel=1e-4)
+    assert [(line["predicted"], line["bytes"]) for line in lines] == [one[1:] for one in each]
     figures = found["results"]["heldout"]
     assert code == 0 and printed["results"] == found["results"]
     assert figures["loss,none"] == pytest.approx(nats / tokens, rel=1e-5)
