@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/danlu quickstart
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

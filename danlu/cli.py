@@ -110,7 +110,8 @@ def _run(words: list[str], as_json: bool) -> int:
         prog="danlu", description=_("Danlu: train large models from raw text to a verified model."),
         epilog=_("Every verb: --lang zh|en, --json (machine-readable), --debug (tracebacks).  Exit codes: 0 ok, 2 configuration, "
                  "3 data, 4 incompatible artefacts, 5 memory or disk, 6 numbers, 7 refused, 75 start again, 130/143 signals."))
-    parser.add_argument("--version", action="version", version=f"danlu {danlu.__version__}")
+    parser.add_argument("--version", action="version", version=f"danlu {danlu.__version__}",
+                        help=_("show program's version number and exit"))
     commands = parser.add_subparsers(dest="verb", metavar=_("VERB"), title=_("verbs"))
     for name, verb in verbs.items():
         child = commands.add_parser(name, help=verb.help, description=verb.help)

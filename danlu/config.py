@@ -284,6 +284,14 @@ def _sentence(error: dict[str, Any], key: str) -> str:
         case "value_error" | "assertion_error":
             why = str(ctx.get("error", error["msg"]))
             return f"{key}: {why}" if key else why
+        case "union_tag_not_found":
+            return _("{key}: say which `kind` it is").format(key=key)
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return _("{key}: must hold keys and values, not {value}").format(key=key, value=shown)
+        case "list_type" | "tuple_type":
+            return _("{key}: must be a list, not {value}").format(key=key, value=shown)
+        case "too_short":
+            return _("{key}: must not be empty").format(key=key)
         case "literal_error" | "union_tag_invalid":
             choices = ctx.get("expected") or ctx.get("expected_tags")
             tag = ctx.get("tag", shown)

@@ -20,7 +20,7 @@ class DanluError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text} {_('To mend it:')} {self.fix}" if self.fix else text
+        return _("{problem}. To mend it: {fix}").format(problem=text, fix=self.fix) if self.fix else text
 
     def record(self) -> dict[str, object]:
         """Return the error as JSON-ready values, for programs."""

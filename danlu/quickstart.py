@@ -172,7 +172,12 @@ def make_recipe(out: Path, data: Path, device: torch.device, *, steps: int | Non
         head = PRETRAIN.format(file=shlex.quote(str(recipe)), minutes=minutes)
         files.write_text(recipe, head + config.to_yaml(draft(out, data, number), only_set=True))
         say(_("wrote {corpus} and {recipe}, which repeat this").format(corpus=out / "corpus.yaml", recipe=recipe))
-    return config.load(Run, recipe)
+    run = config.load(Run, recipe)
+    if steps not in (None, run.steps):
+        raise ConfigError(_("{recipe} says steps={now}; --steps {wanted} would make another run of it").format(
+            recipe=recipe, now=run.steps, wanted=steps), where=_("command line"),
+            fix=_("leave --steps out to go on, or remove {folder} to begin anew").format(folder=out))
+    return run
 
 
 def draft(out: Path, data: Path, steps: int) -> Run:

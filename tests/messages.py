@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import sys
 from pathlib import Path
 
 from babel.messages.catalog import Catalog
-from babel.messages.extract import extract_from_dir
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 
@@ -25,9 +25,10 @@ ARGPARSE = ("usage: ", "positional arguments", "options", "show this help messag
 def extracted() -> Catalog:
     """Return every message in the code."""
     catalog = Catalog(locale="zh_CN", domain="danlu", project="danlu", fuzzy=False)
-    for name, line, message, _comments, _context in extract_from_dir(ROOT, keywords={"_": None}, method_map=[("**.py", "python")]):
-        if message:
-            catalog.add(message, locations=[(name, line)])
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):      # finds calls inside f-strings too
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_" and isinstance(node.args[0], ast.Constant):
+                catalog.add(node.args[0].value) if node.args[0].value else None
     for message in ARGPARSE:
         catalog.add(message, flags=["python-format"] if "%" in message else [])
     return catalog

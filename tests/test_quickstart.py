@@ -14,7 +14,7 @@ import pytest
 
 from danlu import cli, config, fault, quickstart
 from danlu.data.prepare import Prepare
-from danlu.errors import Stopped
+from danlu.errors import ConfigError, Stopped
 from danlu.train import checkpoint
 from danlu.train.recipe import Run
 
@@ -66,6 +66,8 @@ def test_a_stopped_quickstart_goes_on_with_its_own_recipe(small: Path, capsys: p
     assert stop.value.code == 143 and "quickstart --out q" in str(stop.value)
     recipe = (small / "q" / "pretrain.yaml").read_bytes()
     assert checkpoint.listing(small / "q" / "run")[-1].name == "checkpoint-4"
+    with pytest.raises(ConfigError, match="steps=6"):
+        quickstart.main(Path("q"), steps=7, minutes=1.0, as_json=False)
     assert quickstart.main(Path("q"), steps=None, minutes=1.0, as_json=False) == 0
     assert (small / "q" / "pretrain.yaml").read_bytes() == recipe
     assert "resuming from checkpoint-4" in capsys.readouterr().err
