@@ -47,6 +47,12 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             for key in sorted(then.keys() | now.keys()) if key not in HARMLESS and then.get(key) != now.get(key)]
 
 
+def elsewhere(then: dict[str, Any]) -> list[str]:
+    """Return what of versions, device and threads is not as a manifest tells, as text; hashes by their beginning."""
+    now = {name: str(value)[:24] for name, value in machine().items()}
+    return differences({name: str(then.get(name))[:24] for name in now}, now)
+
+
 def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, parameters: int, choice: dict[str, str],
           audit: dict[str, Any]) -> None:
     """Write run.json and recipe.yaml."""

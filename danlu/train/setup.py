@@ -171,7 +171,7 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
                              history=work.progress.history, skipped=work.progress.skipped)
     if work.engine.scaler is not None and state.get("scaler"):
         work.engine.scaler.load_state_dict(state["scaler"])
-    changed = receipt.differences(manifest["run"], config.dump(run))
+    changed = receipt.differences(manifest["run"], config.dump(run)) + receipt.elsewhere(manifest)
     if changed:
         say(_("resuming with other settings than the run began with: {changes}").format(changes="; ".join(changed)))
     say(_("resuming from {checkpoint}").format(checkpoint=found.name))

@@ -261,6 +261,12 @@ def test_pickles_are_refused_and_never_opened(recipe: Path, tmp_path: Path) -> N
     assert ended.code == 7 and not marker.exists()
 
 
+def test_a_run_that_goes_on_elsewhere_is_told_so(recipe: Path, tmp_path: Path) -> None:
+    assert danlu("train", recipe, "--out", tmp_path / "a", "steps=10").code == 0
+    ended = danlu("train", recipe, "--out", tmp_path / "a", "steps=10", "threads=2").clean()
+    assert ended.code == 0 and "threads: 1 then, 2 now" in ended.err
+
+
 def test_a_run_that_may_not_resume_leaves_older_checkpoints_alone(recipe: Path, tmp_path: Path) -> None:
     assert danlu("train", recipe, "--out", tmp_path / "a", "steps=10").code == 0
     before = weights_hash(tmp_path / "a")
