@@ -85,7 +85,8 @@ def main(out: Path, *, steps: int | None, minutes: float, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"checkpoint": str(last), "before": before.record()["results"],
                           "after": after.record()["results"], "next": next_commands(out, run)}, ensure_ascii=False))
-    if not after.tally.estimates()["loss"].value < before.tally.estimates()["loss"].value:
+    last_loss = after.tally.estimates()["loss"]
+    if not (last_loss.high or last_loss.value) < before.tally.estimates()["loss"].value:
         raise NumericError(_("the model predicts no better than before training"), where=str(run.out),
                            fix=_("remove {folder} and train longer: --minutes {n:g}").format(folder=out, n=4 * minutes))
     return 0
@@ -138,14 +139,21 @@ def python_texts(root: Path) -> Iterator[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):       # a file that is broken on purpose, or in another encoding
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node) or ""
-                if len(text) >= SHORTEST:
-                    yield text
-            elif path.parent.name == "pydoc_data" and isinstance(node, ast.Dict):
-                yield from (value.value.strip() for value in node.values
-                            if isinstance(value, ast.Constant) and isinstance(value.value, str))
+        if path.parent.name == "pydoc_data":
+            yield from (node.value.strip() for node in ast.walk(tree)
+                        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= SHORTEST)
+        else:
+            yield from docstrings(tree)
+
+
+def docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Yield the docstring of `node`, and of the classes and functions defined in it."""
+    text = ast.get_docstring(node) or ""
+    if len(text) >= SHORTEST:
+        yield text
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from docstrings(inner)
 
 
 def chinese_texts() -> Iterator[str]:
