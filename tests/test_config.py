@@ -134,8 +134,8 @@ def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
 def test_an_optimizer_and_its_rate_may_both_have_other_names(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("output_dir: x\ndata: d\nmodel: {kind: decoder}\nobjective: causal_lm\nweight_decay: 0.2\n"
-                    "optim: adamw_torch\nlearning_rate: 2e-3\nwarmup_ratio: 0.1\nlr_scheduler_type: cosine\nmax_steps: 5\nlength: 8\n"
-                    "per_device_train_batch_size: 2\ngradient_accumulation_steps: 3\n", encoding="utf-8")
+                    "optim: adamw_torch\nlearning_rate: 2e-3\nwarmup_ratio: 0.1\nlr_scheduler_type: cosine\nmax_steps: 5\n"
+                    "length: 8\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 3\n", encoding="utf-8")
     run = config.load(Run, file)
     assert (run.optim.kind, run.optim.lr, run.optim.weight_decay) == ("adamw", 2e-3, 0.2)
     assert (run.schedule.kind, run.schedule.warmup, run.step_rows) == ("cosine", 0.1, 6)

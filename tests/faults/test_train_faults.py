@@ -227,7 +227,7 @@ def test_evaluation_rows_in_the_training_data_stop_the_run(recipe: Path, corpus:
     ended = danlu("train", recipe, "--out", tmp_path / "a", f"eval=[{{path: {corpus}, split: train}}]").clean()
     assert ended.code == 3 and "stand in the training data" in ended.last
     assert danlu("train", recipe, "--out", tmp_path / "b", f"eval=[{{path: {corpus}, split: train}}]", "guard.overlap=1",
-                 "steps=2").code == 0
+                 "steps=6").code == 0
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -279,6 +279,6 @@ def test_a_run_that_may_not_resume_leaves_older_checkpoints_alone(recipe: Path, 
 def test_training_needs_no_network(recipe: Path, tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-rn", "true"], check=False).returncode:
         pytest.skip("no user namespaces here")
-    done = subprocess.run(["unshare", "-rn", *command("train", recipe, "--out", tmp_path / "a", "steps=2")],
+    done = subprocess.run(["unshare", "-rn", *command("train", recipe, "--out", tmp_path / "a", "steps=6")],
                           capture_output=True, text=True, env=environment(), timeout=120, check=False)
     assert done.returncode == 0, done.stderr
