@@ -74,7 +74,7 @@ def dump(value: Model) -> dict[str, Any]:
 def to_yaml(value: Model, *, only_set: bool = False) -> str:
     """Return `value` as the YAML that loads to it; `only_set` leaves defaults out."""
     data = value.model_dump(mode="json", exclude_unset=only_set)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120))
 
 
 def members(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -99,7 +99,8 @@ def processor() -> Iterator[Fact]:
     text = _("{usable} of {all}, PyTorch starts {threads} threads").format(
         usable=cores, all=os.cpu_count(), threads=torch.get_num_threads())
     tight = quota is not None and quota < torch.get_num_threads()
-    yield Fact(_("processor"), _("cores"), text if quota is None else _("{text}; time limited to {quota:g} cores").format(text=text, quota=quota),
+    yield Fact(_("processor"), _("cores"), text if quota is None else
+               _("{text}; time limited to {quota:g} cores").format(text=text, quota=quota),
                True, _("set threads={n} in recipes: more threads than the limit allows wait for each other").format(
                    n=max(1, int(quota or 1))) if tight else None)
     total, free = memory()

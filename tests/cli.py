@@ -35,6 +35,26 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "danlu", *map(str, words)]
 
 
+MEASURE = """
+import atexit, sys
+peak, sys.argv = sys.argv[1], ["danlu", *sys.argv[2:]]
+def tell():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    open(peak, "w").write(line.split()[1])
+atexit.register(tell)
+from danlu.__main__ import main
+main()
+"""
+
+
+def measured(peak: Path, *words: object) -> list[str]:
+    """The command, in a process that leaves its peak memory (KiB) in `peak`.
+
+    Not by getrusage: a child's ru_maxrss begins with what the forking test process had.
+    """
+    return [sys.executable, "-c", MEASURE, str(peak), *map(str, words)]
+
+
 def environment(fault: str = "", **more: str) -> dict[str, str]:
     base = {k: v for k, v in os.environ.items() if k not in ("DANLU_FAULT", "LANG", "LANGUAGE", "LC_ALL")}
     return base | {"OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8", "DANLU_FAULT": fault, **more}

@@ -180,19 +180,26 @@ def newest(out: Path, *, hashes: bool = True) -> Path | None:
     return None
 
 
+def _told_damage(path: Path) -> bool:
+    """Return whether a checkpoint is damaged, having said so."""
+    wrong = verify(path)
+    if wrong:
+        say(_("{checkpoint} is damaged and not used: {why}").format(checkpoint=path.name, why="; ".join(wrong)))
+    return bool(wrong)
+
+
 def chosen(path: Path) -> Path:
     """Return the folder with weights that `path` means: itself, or of a run the best checkpoint, else the newest.
 
     Averaged weights are preferred where a run has them.  Raises IncompatibleError if it is damaged.
     """
     if not (path / "config.json").is_file():
-        found = listing(path)
-        if not found:
-            raise ConfigError(_("no checkpoint and no model is there"), where=str(path))
-        best = files.read_json(found[-1] / "trainer_state.json")["best_global_step"]
-        named = path / f"checkpoint-{best}"
-        path = named if named in found else found[-1]
-    if (path / "manifest.json").is_file() and (wrong := verify(path)):
+        whole = [each for each in reversed(listing(path)) if not _told_damage(each)]
+        if not whole:
+            raise ConfigError(_("no whole checkpoint and no model is there"), where=str(path))
+        best = path / f"checkpoint-{files.read_json(whole[0] / 'trainer_state.json')['best_global_step']}"
+        path = best if best in whole else whole[0]
+    elif (path / "manifest.json").is_file() and (wrong := verify(path)):
         raise IncompatibleError(_("the checkpoint is damaged: {why}").format(why="; ".join(wrong)), where=str(path))
     return path / "ema" if (path / "ema").is_dir() else path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any
 
@@ -64,13 +65,19 @@ class Steps(IterableDataset[Fed]):
 
 
 def batches(steps: Steps, *, workers: int) -> Iterator[Fed]:
-    """Yield the batches of `steps`, made by `workers` processes.  A worker that dies is a DataError, never a hang."""
+    """Yield the batches of `steps`, made by `workers` processes; see `watched` for one that dies."""
     loader: DataLoader[Fed] = DataLoader(
         steps, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None, timeout=120 if workers else 0,
     )
+    yield from loader
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Turn the death of a process that makes batches into a DataError, wherever PyTorch's signal handler raises it."""
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -78,5 +85,3 @@ def batches(steps: Steps, *, workers: int) -> Iterator[Fed]:
             _("a process that makes batches died: {why}").format(why=error),
             fix=_("start again: the run goes on from its newest checkpoint; workers=0 makes batches in this process"),
         ) from error
-
-

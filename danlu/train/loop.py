@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -111,7 +112,10 @@ def memory() -> int:
     """Return the bytes in use: the peak on CUDA, the resident peak of the process elsewhere."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "linux":                           # ru_maxrss would begin with what the parent process had
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass
@@ -147,9 +151,10 @@ class Loop:
                 guards.check_moved(before, self.engine.model, step=progress.step)
             if progress.step % plan.log == 0 or progress.step == plan.total or self.guard.reason:
                 self.metrics.write(progress.step, self.values(losses, loss, lr, norm, clock))
-            self.live.show(self.line(loss, lr, norm, clock), force=progress.step == plan.total)
             self.hooks.poll()
-            if self.after_step():
+            patience_ended = self.after_step()
+            self.live.show(self.line(loss, lr, norm, clock), force=patience_ended or progress.step == plan.total)
+            if patience_ended:
                 break
             if asked.signal:
                 self.live.end()
@@ -197,7 +202,6 @@ class Loop:
         if _due(progress.step, plan.sample, plan.total):
             self.hooks.sample()
         if (_due(progress.step, plan.evaluate, plan.total) or progress.step == plan.total) and self.evaluate():
-            self.live.end()
             say(_("stopped early at step {step}: {metric} has not fallen for {n} evaluations").format(
                 step=progress.step, metric=plan.metric, n=progress.waited))
             return True

@@ -15,7 +15,7 @@ from danlu.generate import generate
 from danlu.log import Metrics, say
 from danlu.models.decoder import DecoderModel
 from danlu.train import checkpoint, receipt
-from danlu.train.feed import Steps, batches, stream
+from danlu.train.feed import Steps, batches, stream, watched
 from danlu.train.loop import Hooks, Loop
 from danlu.train.recipe import Run
 from danlu.train.saver import Saver, check_reload
@@ -34,6 +34,8 @@ def train(run: Run) -> Path:
                           fix=_("choose another `out`, or leave resume at true"))
     if run.report:
         report.require()
+    if run.start is not None:
+        run = run.model_copy(update={"start": checkpoint.chosen(run.start)})
     device = parallel.start(threads=run.threads, device=run.device)
     data = open_data(run)
     checkpoint.sweep(run.out)
@@ -48,7 +50,7 @@ def train(run: Run) -> Path:
     begin(run, work, data, choice)
     if found is None and run.guard.reload:
         check_reload(run, work, data, choice)
-    with listening() as asked:
+    with listening() as asked, watched():
         steps = Steps(work.rows, run.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
                       seed=run.seed, position=work.progress.position)
         feed = batches(steps, workers=run.workers)

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from cli import Ended, command, danlu, environment
+from cli import Ended, command, danlu, environment, measured
 
 from danlu import config
 from danlu.data import prepare as preparing
@@ -219,11 +218,9 @@ def test_a_row_of_200_mb_is_rejected_in_little_memory(tmp_path: Path) -> None:
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n{"text": "two"}\n')
     path = recipe(tmp_path, f"{tmp_path}/a.jsonl")
-    process = subprocess.Popen(command("prepare", path, "rejects=0.5"), env=environment())
-    _pid, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    assert usage.ru_maxrss < 250 * 1024                      # KiB
+    done = subprocess.run(measured(tmp_path / "peak", "prepare", path, "rejects=0.5"), env=environment(), check=False)
+    assert done.returncode == 0
+    assert int((tmp_path / "peak").read_text()) < 250 * 1024                      # KiB
     listed = json.loads((tmp_path / "out/rejects.jsonl").read_text())
     assert (listed["line"], listed["reason"]) == (2, "row_bytes") and "209715212 bytes" in listed["detail"]
 
@@ -287,13 +284,10 @@ def bomb(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ["x.txt.gz", "x.txt.zst", "x.parquet"])
 def test_decompression_bombs_are_stopped(tmp_path: Path, name: str) -> None:
     path = recipe(tmp_path, bomb(tmp_path, name))
-    process = subprocess.Popen(command("prepare", path), env=environment(), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    err = process.stderr.read()
-    _pid, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 7 and name in err and "max_ratio" in err and "Traceback" not in err, err
-    assert usage.ru_maxrss < 400 * 1024
+    done = subprocess.run(measured(tmp_path / "peak", "prepare", path), env=environment(), stderr=subprocess.PIPE, text=True,
+                          check=False)
+    assert done.returncode == 7 and name in done.stderr and "max_ratio" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and int((tmp_path / "peak").read_text()) < 400 * 1024
     limited = danlu("prepare", path, f"inputs.0={{path: {tmp_path}/{name}, max_ratio: 1e9, max_bytes: 100000}}")
     refused(limited, 7, name, "max_bytes")
 
@@ -344,15 +338,12 @@ def piped(folder: Path, mib: int, *words: str, tokenizer: str) -> tuple[int, int
     rows = ("import json\nbody = ' '.join(f'word{i % 977}' for i in range(150))\n"
             f"for i in range({mib} << 10): print(json.dumps({{'text': f'{{i}} ' + body[:1000]}}))")
     source = subprocess.Popen([sys.executable, "-c", rows], stdout=subprocess.PIPE)
-    process = subprocess.Popen(command("prepare", path, *words), stdin=source.stdout, env=environment(),
-                               stderr=subprocess.PIPE, text=True)
-    assert source.stdout is not None and process.stderr is not None
+    done = subprocess.run(measured(folder / "peak", "prepare", path, *words), stdin=source.stdout, env=environment(),
+                          stderr=subprocess.PIPE, text=True, check=False)
+    assert source.stdout is not None
     source.stdout.close()
-    err = process.stderr.read()
-    _pid, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     source.wait()
-    return process.returncode, usage.ru_maxrss, err
+    return done.returncode, int((folder / "peak").read_text()), done.stderr
 
 
 def fed(path: Path, data: str, fault: str = "") -> tuple[int, str]:
@@ -392,4 +383,3 @@ def test_a_gigabyte_through_a_pipe_needs_little_memory(tmp_path: Path) -> None:
     assert code == 0, err
     assert peak < 600 * 1024
     assert json.loads((tmp_path / "b/out/report.json").read_text())["rows"]["read"] == 1 << 20
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 600 * 1024       # the workers as well

@@ -16,9 +16,10 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 STEPS = 24
 # recipe: (what prepares its data, what makes it small)
 SMALL = {
-    "pretrain-gpt": ("corpus", ["model={kind: decoder, family: llama, width: 48, layers: 2, heads: 2, context: 64}", "length=64"]),
+    "pretrain-gpt": ("corpus", ["model={kind: decoder, family: llama, width: 48, layers: 2, heads: 2, context: 64}",
+                                "length=64"]),
     "pretrain-bert": ("corpus-bert", ["model={kind: encoder, preset: bert-tiny}", "length=64"]),
-    "shakespeare-char": ("shakespeare", ["model.layers=1"]),
+    "shakespeare-char": ("shakespeare", ["model.layers=1", "schedule.warmup=2"]),
     "shakespeare-muon": ("shakespeare", ["model.layers=1", "schedule.warmup=2"]),
 }
 

@@ -56,7 +56,8 @@ def test_a_checkpoint_opens_in_transformers_with_the_same_loss(corpus: Path, tmp
     ids = torch.tensor([Shards(corpus, "val").document(0).ids[:20].astype(int)])
     assert torch.allclose(theirs(ids).logits, ours(ids)["logits"], atol=1e-5)
     text = "the furnace 丹炉 learns"
-    assert AutoTokenizer.from_pretrained(last).encode(text, add_special_tokens=False) == Tokenizer.load(last).encode(text).tolist()
+    theirs = AutoTokenizer.from_pretrained(last).encode(text, add_special_tokens=False)
+    assert theirs == Tokenizer.load(last).encode(text).tolist()
 
 
 def test_the_receipt_says_what_the_run_was_made_from(corpus: Path, tmp_path: Path) -> None:
@@ -78,7 +79,8 @@ def test_tokens_of_loss_are_counted(corpus: Path, tmp_path: Path) -> None:
     shards = Shards(corpus, "train")
     run = recipe(corpus, tmp_path / "run", steps=None, epochs=1.0, rows=1, every={"log": 1000})
     train(run)
-    assert lines(tmp_path / "run")[-1].get("tokens", lines(tmp_path / "run")[-2].get("tokens")) == shards.tokens - shards.documents
+    counted = max(line.get("tokens", 0) for line in lines(tmp_path / "run"))
+    assert counted == shards.tokens - shards.documents
 
 
 @pytest.mark.parametrize("objective", ["causal_lm", {"kind": "causal_lm", "smoothing": 0.1, "z_loss": 1e-3}])
