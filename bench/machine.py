@@ -91,18 +91,21 @@ def measure() -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    found = measure()
-    if parser.parse_args().json:
-        print(json.dumps(found))
-        return
+def report(found: dict[str, Any]) -> None:
+    """Print what `measure` found."""
     for name, value in found.items():
         print(name, value) if not isinstance(value, dict) else print(
             name, *(f"\n  {k:18} {v}" for k, v in value.items())
         )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    as_json = parser.parse_args().json
+    found = measure()
+    print(json.dumps(found)) if as_json else report(found)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,16 @@ def main() -> None:
     parser.add_argument("sizes", nargs="*", default=list(TARGETS), choices=[*TARGETS, []])
     parser.add_argument("--precisions", nargs="*", default=[parallel.fastest(torch.device("cpu"))])
     arguments = parser.parse_args()
-    machine.main()
+    machine.report(machine.measure())
     for size in arguments.sizes:
         rounds, block = ROUNDS[size]
         ours = [f"{name}:{p}" for p in arguments.precisions for name in ("danlu", "danlu+bias", "danlu+compile")]
         if size == "mlm":
             ours = [name for name in ours if "bias" not in name]
+        if size == "c":                                  # 3 GB a contender: no more of them fit beside each other
+            ours = [name for name in ours if "compile" not in name]
         peers = [name for name, _least in TARGETS[size]]
-        names = (*peers, *ours, f"bare:{arguments.precisions[0]}")
+        names = [*peers, *ours] + ([f"bare:{arguments.precisions[0]}"] if size != "c" else [])
         workers = [Worker(name, size, threads=torch.get_num_threads()) for name in names]
         results = race(workers, rounds=rounds, block=block)
         for worker in workers:
@@ -57,9 +59,9 @@ def report(size: str, results: dict[str, Result], ours: list[str]) -> None:
         best = min(rivals if size != "mlm" else ours, key=lambda name: results[name].median)
         ratio = results[peer].median / results[best].median
         print(f"{best} / {peer}: {ratio:.2f}x, target {least}x: {'met' if ratio >= least else 'NOT met'}")
-    bare = next(name for name in results if name.startswith("bare"))
-    cost = results[bare.replace("bare", "danlu")].median / results[bare].median - 1
-    print(f"engine beside a bare loop of the same model: {cost:+.1%}, target at most +3%: {'met' if cost <= 0.03 else 'NOT met'}")
+    for bare in (name for name in results if name.startswith("bare")):
+        cost = results[bare.replace("bare", "danlu")].median / results[bare].median - 1
+        print(f"engine beside a bare loop of the same model: {cost:+.1%}, target +3%: {'met' if cost <= 0.03 else 'NOT met'}")
     if size in MEMORY:
         peer, most = MEMORY[size]
         share = min(results[name].peak for name in ours if "compile" not in name) / results[peer].peak
