@@ -99,7 +99,7 @@ def _resource(error: BaseException) -> ResourceError | None:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             return ResourceError(_("the disk is full: {why}").format(why=error), fix=_("free some space and run it again"))
         return None
-    if "not enough memory" in str(error) or "out of memory" in str(error):
+    if any(words in str(error) for words in ("not enough memory", "out of memory", "can't allocate memory")):
         return ResourceError(_("memory has run out: {why}").format(why=str(error).splitlines()[0]), fix=advice)
     return None
 
