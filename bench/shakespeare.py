@@ -53,7 +53,7 @@ def main() -> None:
     text = Path(os.environ["DANLU_REALDATA"]) / "shakespeare" / "input.txt"
     folder = Path(tempfile.mkdtemp(prefix="bench-shakespeare-"))
     write(folder, 65, text=text)
-    subprocess.run([sys.executable, "-m", "danlu", "prepare", str(RECIPES / "shakespeare.yaml"), f"inputs={text}",
+    subprocess.run([sys.executable, "-m", "danlu", "prepare", str(RECIPES / "shakespeare.yaml"), f"inputs.0.path={text}",
                     f"out={folder / 'data'}"], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     seconds, loss = plain(folder, arguments.steps)
     print(f"plain fp32 loop: {arguments.steps} steps, {seconds:.1f} s of training, validation loss {loss:.4f}")

@@ -41,7 +41,7 @@ from danlu.words import _
 OTHER = 45                                               # seconds for all but the training itself, about
 SHORTEST = 120                                           # characters of a docstring worth reading
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
-PROBES = 16                                              # steps that are timed
+PROBES = 10                                              # steps that are timed
 FEWEST, MOST = 20, 5000                                  # steps
 
 ROWS, LENGTH, VOCAB = 16, 128, 4096
@@ -173,12 +173,13 @@ def make_recipe(out: Path, data: Path, device: torch.device, *, steps: int | Non
     """Return the recipe in out/pretrain.yaml; it is written first if there is none, with the steps that fit the time."""
     recipe = out / "pretrain.yaml"
     if not recipe.is_file():
-        seconds = probe(draft(out, data, 1), Tokenizer.load(data / "tokenizer").special.size, device)
+        seconds, threads = fastest_threads(out, data, device)
         number = steps or min(MOST, max(FEWEST, round(60 * minutes / seconds)))
-        say(_("a step takes {ms:.0f} ms here: {steps} steps, {tokens} tokens, about {time}").format(
-            ms=1000 * seconds, steps=number, tokens=count(number * ROWS * LENGTH), time=duration(number * seconds)))
+        say(_("a step takes {ms:.0f} ms here with {threads} threads: {steps} steps, {tokens} tokens, about {time}").format(
+            ms=1000 * seconds, threads=threads, steps=number, tokens=count(number * ROWS * LENGTH),
+            time=duration(number * seconds)))
         head = PRETRAIN.format(file=shlex.quote(str(recipe)), minutes=minutes)
-        files.write_text(recipe, head + config.to_yaml(draft(out, data, number), only_set=True))
+        files.write_text(recipe, head + config.to_yaml(draft(out, data, number, threads), only_set=True))
         say(_("wrote {corpus} and {recipe}, which repeat this").format(corpus=out / "corpus.yaml", recipe=recipe))
     run = config.load(Run, recipe)
     if steps not in (None, run.steps):
@@ -188,7 +189,7 @@ def make_recipe(out: Path, data: Path, device: torch.device, *, steps: int | Non
     return run
 
 
-def draft(out: Path, data: Path, steps: int) -> Run:
+def draft(out: Path, data: Path, steps: int, threads: int) -> Run:
     """Return the recipe of a small Llama; a report is asked for where it can be drawn."""
     drawable = importlib.util.find_spec("matplotlib") is not None
     if not drawable:
@@ -199,10 +200,23 @@ def draft(out: Path, data: Path, steps: int) -> Run:
         "objective": {"kind": "causal_lm"},
         "optim": {"kind": "muon", "lr": 0.03, "adam_lr": 0.02, "weight_decay": 0.05},
         "schedule": {"kind": "wsd", "warmup": 0.03, "decay": 0.8, "shape": "linear", "floor": 0.02},
-        "steps": steps, "rows": ROWS, "length": LENGTH, "overlong": "split",
+        "steps": steps, "rows": ROWS, "length": LENGTH, "overlong": "split", "threads": threads,
         "every": {"log": max(1, steps // 100), "evaluate": max(1, steps // 6), "save": max(1, steps // 6),
                   "sample": max(1, steps // 3)},
         "report": drawable})
+
+
+def fastest_threads(out: Path, data: Path, device: torch.device) -> tuple[float, int]:
+    """Return (seconds a step, threads): all cores, or one where that is faster.
+
+    Where others keep a core busy, threads wait for the one it holds up: at each of a step's thousand barriers.
+    """
+    size, found = Tokenizer.load(data / "tokenizer").special.size, []
+    for threads in sorted({1, torch.get_num_threads()}, reverse=True):
+        torch.set_num_threads(threads)
+        found.append((probe(draft(out, data, 1, threads), size, device), threads))
+    torch.set_num_threads(min(found)[1])
+    return min(found)
 
 
 def probe(run: Run, vocab: int, device: torch.device) -> float:
