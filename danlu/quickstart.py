@@ -62,8 +62,8 @@ PRETRAIN = """\
 def main(out: Path, *, steps: int | None, minutes: float, as_json: bool) -> int:
     """Do it all, or what is left of it, in the folder `out`; return 0 if the model is better than before training."""
     began = time.monotonic()
-    if (steps is not None and steps < 1) or not 0 < minutes < 1e4:
-        raise ConfigError(_("steps and minutes must be above 0"), where=_("command line"))
+    if (steps is not None and steps < 5) or not 0 < minutes < 1e4:     # five hold a warm-up and a decay
+        raise ConfigError(_("--steps must be 5 or more, --minutes above 0"), where=_("command line"))
     files.check_writable(out)
     device = parallel.start(threads=None, device="auto")
     try:

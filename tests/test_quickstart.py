@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from danlu import cli, config, fault, quickstart
+from danlu import cli, config, fault, quickstart, schedule
 from danlu.data.prepare import Prepare
 from danlu.errors import ConfigError, Stopped
 from danlu.train import checkpoint
@@ -79,7 +79,18 @@ def test_a_model_that_has_not_learned_is_not_called_a_success(small: Path, monke
     monkeypatch.setattr(quickstart, "open_subject", lambda run: quickstart.Subject(
         run, quickstart.Tokenizer.load(Path("q/data/tokenizer")), quickstart.fresh_model(
             config.load(Run, Path("q/pretrain.yaml")), 400, quickstart.torch.device("cpu")), None))
-    assert cli.main(["quickstart", "--out", "q", "--steps", "2"]) == 6
+    assert cli.main(["quickstart", "--out", "q", "--steps", "5"]) == 6
+
+
+def test_too_little_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    for words in (["--steps", "4"], ["--minutes", "0"], ["--minutes", "nan"]):
+        assert cli.main(["quickstart", "--out", str(tmp_path / "q"), *words]) == 2
+    assert not (tmp_path / "q").exists()
+
+
+def test_the_least_steps_make_a_recipe(small: Path) -> None:
+    for steps in range(5, 60):
+        schedule.check(quickstart.draft(Path("q"), Path("d"), steps, 1).schedule, steps)
 
 
 def test_nothing_of_the_library_is_run_and_its_texts_are_found(tmp_path: Path) -> None:
