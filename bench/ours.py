@@ -26,6 +26,7 @@ from danlu.models.encoder import Encoder
 from danlu.nn import paths
 from danlu.objectives.lm import CausalLM, MaskedLM
 from danlu.optim import AdamW
+from danlu.parallel.place import Placed, alone
 from danlu.train.feed import Steps, batches, stream
 from danlu.train.guard import Guard
 from danlu.train.step import Engine
@@ -52,7 +53,8 @@ def prepared(folder: Path, document: int) -> Path:
     return out
 
 
-def model_of(shape: Size, precision: str, *, compile: bool, recompute: str = "none", bias: bool = False) -> nn.Module:
+def model_of(shape: Size, precision: str, *, compile: bool, recompute: str = "none", bias: bool = False,
+             micro: int = 1) -> Placed:
     """Return the model that the peers train too: GPT-2's with erf-GELU, or BERT's with dropout 0.1 as its Trainer has it.
 
     nanoGPT's has no biases, the Trainer's has.
@@ -67,7 +69,7 @@ def model_of(shape: Size, precision: str, *, compile: bool, recompute: str = "no
     model.to_empty(device=device)
     model.init(0)
     model.use(paths.rule(device, parallel.DTYPES[precision], shape.length, causal=not shape.encoder))
-    return parallel.shard(model.train(), recompute=recompute, compile=compile)
+    return alone(model.train(), recompute=recompute, compile=compile, micro=micro)
 
 
 def feed_of(shape: Size, data: str | None) -> tuple[Any, Iterator[tuple[dict[str, Tensor], Any]]]:
@@ -84,10 +86,10 @@ def danlu_steps(size: str, precision: str, *, data: str | None = None, compile: 
                 recompute: str = "none", bias: bool = False) -> Contender:
     """Return the loop as `danlu train` runs it, without its files and its live line."""
     shape = SIZES[size]
-    model = model_of(shape, precision, compile=compile, recompute=recompute, bias=bias)
+    model = model_of(shape, precision, compile=compile, recompute=recompute, bias=bias, micro=micro)
     objective, feed = feed_of(shape, data)
-    engine = Engine(model, objective, device=torch.device("cpu"), precision=precision, micro=micro, clip=1.0, seed=0)
-    optimizer = AdamW(lr=1e-3).build(model.named_parameters())
+    engine = Engine(model, objective, precision=precision, clip=1.0, seed=0)
+    optimizer = AdamW(lr=1e-3).build((leaf.name, leaf.local) for leaf in engine.leaves)
     guard, number = Guard(max_skips=3, spike=6.0), 0
 
     def step() -> None:
@@ -114,7 +116,7 @@ def compiled_steps(size: str, precision: str, **more: Any) -> Contender:
 def bare_steps(size: str, precision: str, *, data: str | None = None) -> Contender:
     """Return the shortest loop around the same model: one batch, mean loss, backward, clip, step."""
     shape = SIZES[size]
-    model = model_of(shape, precision, compile=False)
+    model = model_of(shape, precision, compile=False).whole
     objective, feed = feed_of(shape, data)
     optimizer = AdamW(lr=1e-3).build(model.named_parameters())
     parameters = list(model.parameters())

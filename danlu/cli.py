@@ -6,14 +6,17 @@ import argparse
 import errno
 import gettext
 import json
+import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import danlu
-from danlu.errors import ConfigError, DanluError, ResourceError, Stopped
+from danlu import files
+from danlu.errors import ConfigError, DanluError, ResourceError, Stopped, TemporaryError
 from danlu.words import DOMAIN, _
 
 
@@ -23,14 +26,18 @@ class Verb(NamedTuple):
     module: str                                          # its `main` takes the options as keywords
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
-    recipe: bool = False                                 # takes FILE and a.b=c instead of options
+    recipe: bool = False                                 # takes FILE and a.b=c beside options
+    options: Callable[[argparse.ArgumentParser], None] | None = None             # those options, if `recipe`
+    starts: bool = False                                 # is told its own command line, to start it in other processes
 
 
 def _verbs() -> dict[str, Verb]:
     return {
         "quickstart": Verb("danlu.quickstart", _("the whole way on text that Python brings, in minutes"), _quickstart),
         "prepare": Verb("danlu.verbs.prepare", _("files to shards, tokenizer and report"), _recipe, recipe=True),
-        "train": Verb("danlu.verbs.train", _("a recipe to a trained, verified model"), _recipe, recipe=True),
+        "train": Verb("danlu.verbs.train", _("a recipe to a trained, verified model"), _recipe, recipe=True, starts=True),
+        "launch": Verb("danlu.verbs.launch", _("the job file of a recipe for SLURM or Kubernetes"), _launch, recipe=True,
+                       options=_launch_options),
         "eval": Verb("danlu.evaluate.run", _("perplexity and bits per byte, with intervals"), _eval),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), _generate),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), _inspect),
@@ -60,8 +67,11 @@ def language(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     return rest, {"zh": "zh_CN", "zh-cn": "zh_CN", "zh_CN": "zh_CN", "en": "en"}.get(chosen, chosen) if chosen else None
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run one verb; return the exit code.  Errors go to stderr, one sentence each, without a traceback unless --debug."""
+def main(arguments: Sequence[str], *, rank: int | None = None, told: Path | None = None) -> int:
+    """Run one verb; return the exit code.  Errors go to stderr, one sentence each, without a traceback unless --debug.
+
+    rank: of this process among those that a launcher started; told: folder in which they mark what one has said for all.
+    """
     gettext.textdomain(DOMAIN)                           # argparse speaks through gettext's global domain
     words = list(arguments)
     debug, as_json = "--debug" in words, "--json" in words
@@ -69,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     if words and words[0] in ALIASES:
         words[0] = ALIASES[words[0]]
     try:
-        return _run(words, as_json)
+        return _run(words, as_json, list(arguments))
     except DanluError as error:
         problem: DanluError = error
         if debug and not isinstance(error, Stopped):
@@ -79,10 +89,12 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return 0
     except (MemoryError, OSError, RuntimeError) as error:
-        known = _resource(error)
+        known = _resource(error) or (_parted(error, told) if rank is not None else None)
         if known is None or debug:
             raise
         problem = known
+    if rank is not None and not _speaks(problem, rank, told):
+        return problem.code
     if as_json:
         print(json.dumps(problem.record(), ensure_ascii=False), file=sys.stderr)
     else:
@@ -104,7 +116,36 @@ def _resource(error: BaseException) -> ResourceError | None:
     return None
 
 
-def _run(words: list[str], as_json: bool) -> int:
+LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out")
+
+
+def _parted(error: BaseException, told: Path | None) -> TemporaryError | None:
+    """Return what it means that PyTorch lost the other processes, or None if `error` says something else."""
+    text, kinds = str(error).lower(), {each.__name__ for each in type(error).__mro__}
+    if "DistError" not in kinds and not (isinstance(error, RuntimeError) and any(words in text for words in LOST)):
+        return None
+    if told is not None:
+        time.sleep(1.0)                                  # the one at fault speaks first
+    return TemporaryError(_("the other processes of the run do not answer any more: {why}").format(
+        why=re.sub(r"^\[[^\]]*\.\w+:\d+\]\s*", "", str(error)).split("\n")[0].split(". ")[0]))     # without PyTorch's own file
+
+
+def _speaks(problem: DanluError, rank: int, told: Path | None) -> bool:
+    """Return whether this rank tells the user: what several ranks would say is said once."""
+    if isinstance(problem, Stopped) or told is None:
+        return rank == 0 or not isinstance(problem, Stopped)
+    try:
+        if isinstance(problem, TemporaryError) and any(told.iterdir()):
+            return False                                 # the cause has been told
+        with (told / ("lost" if isinstance(problem, TemporaryError) else files.digest(problem.record()))).open("x"):
+            return True
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+
+
+def _run(words: list[str], as_json: bool, command: list[str]) -> int:
     verbs = _verbs()
     parser = argparse.ArgumentParser(
         prog="danlu", description=_("Danlu: train large models from raw text to a verified model."),
@@ -117,16 +158,29 @@ def _run(words: list[str], as_json: bool) -> int:
         child = commands.add_parser(name, help=verb.help, description=verb.help)
         verb.arguments(child)
     if words and words[0] in verbs and verbs[words[0]].recipe and not {"-h", "--help"} & set(words):
-        file, overrides = recipe_words(words[1:])
-        options: dict[str, Any] = {"file": file, "overrides": overrides}
         chosen = words[0]
+        options, rest = recipe_options(verbs[chosen], words)
+        file, overrides = recipe_words(rest)
+        options |= {"file": file, "overrides": overrides}
     else:
         options = vars(parser.parse_args(words))
         chosen = options.pop("verb")
         if chosen is None:
             parser.print_help()
             return 2 if words else 0
+    if verbs[chosen].starts:
+        options["command"] = command
     return int(import_module(verbs[chosen].module).main(**options, as_json=as_json))
+
+
+def recipe_options(verb: Verb, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the verb's own options among its words, and the words that are left."""
+    if verb.options is None:
+        return {}, list(words[1:])
+    parser = argparse.ArgumentParser(prog=f"danlu {words[0]}", allow_abbrev=False, add_help=False)
+    verb.options(parser)
+    known, rest = parser.parse_known_args(words[1:])
+    return vars(known), rest
 
 
 def recipe_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -151,6 +205,19 @@ def recipe_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, nargs="?", help=_("the YAML file"))
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=_("changes to it; --a.b c means the same"))
+
+
+def _launch(parser: argparse.ArgumentParser) -> None:
+    _launch_options(parser)
+    _recipe(parser)
+
+
+def _launch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--render", required=True, choices=["slurm", "k8s"], help=_("what the job file is for"))
+    parser.add_argument("--nodes", type=int, help=_("machines (default: what the layout's processes fill)"))
+    parser.add_argument("--gpus-per-node", "--gpus_per_node", type=int,
+                        help=_("processes, and GPUs, of one machine (default: 8, or fewer if the layout needs fewer)"))
+    parser.add_argument("--image", default=f"danlu:{danlu.__version__}", help=_("container image, for k8s"))
 
 
 def _quickstart(parser: argparse.ArgumentParser) -> None:

@@ -1,19 +1,22 @@
 """Planted faults, so that every failure in the tests is deterministic.
 
 `fault("ckpt.before_manifest")` does nothing unless the point is armed: `DANLU_FAULT=name:action[:n]`, several joined
-by commas; `n` counts the visits before the action happens (default 1: at the first).  Arming is process-wide state, and
-the only such state in Danlu: a fault must reach places that know nothing of each other.
+by commas; `n` counts the visits before the action happens (default 1: at the first).  `rank1.name:…` arms the point in
+rank 1 only.  Arming is process-wide state, and the only such state in Danlu: a fault must reach places that know nothing
+of each other.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
 
 ACTIONS = ("kill", "stop", "term", "raise", "enospc", "slow", "nan", "scale50", "bitflip", "truncate")
+RANK = re.compile(r"rank(\d+)\.")
 
 
 @dataclass
@@ -29,14 +32,16 @@ class PlantedFault(Exception):
     """Raised by an armed point whose action is `raise`."""
 
 
-def arm(spec: str) -> None:
-    """Arm every point named in `spec`.  Raises ValueError for a malformed one."""
+def arm(spec: str, *, rank: int = 0) -> None:
+    """Arm every point named in `spec` for this rank.  Raises ValueError for a malformed one."""
     for item in filter(None, spec.split(",")):
         name, _, rest = item.partition(":")
         action, _, visits = rest.partition(":")
         if action not in ACTIONS:
             raise ValueError(f"DANLU_FAULT={item!r}: the action must be one of {', '.join(ACTIONS)}")
-        _armed[name] = _Armed(action, int(visits or 1))
+        chosen = RANK.match(name)
+        if chosen is None or int(chosen[1]) == rank:
+            _armed[name[chosen.end():] if chosen else name] = _Armed(action, int(visits or 1))
 
 
 def armed() -> str:

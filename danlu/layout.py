@@ -118,8 +118,8 @@ class Layout(Model):
                 stages=list(self.stages), count=count, layers=layers))
         if self.micro < self.pp or (self.pipeline != "1f1b" and self.micro % self.pp):
             choices = [self.pp * n for n in (1, 2, 4)]
-            problems.append(_("a pipeline of {pp} needs as many micro-batches or more: set layout.micro to one of {choices}").format(
-                pp=self.pp, choices=choices))
+            problems.append(_("a pipeline of {pp} needs as many micro-batches or more: set layout.micro to one of {choices}")
+                            .format(pp=self.pp, choices=choices))
         return problems
 
     def _of_tensors(self, model: Mapping[str, Any], length: int | None) -> list[str]:

@@ -16,8 +16,19 @@ from danlu.words import _
 Values = Mapping[str, float | int | str]
 
 
+_silent = False                                          # one of several processes that all would say the same
+
+
+def silence(silent: bool = True) -> None:
+    """Let this process say nothing from now on; its errors are still told."""
+    global _silent                                       # noqa: PLW0603
+    _silent = silent
+
+
 def say(text: str, *, to: TextIO | None = None) -> None:
     """Print one line for the user, above the live line if there is one."""
+    if _silent:
+        return
     stream = to or sys.stderr
     print(("\r\x1b[2K" if stream.isatty() else "") + text, file=stream, flush=True)
 
@@ -25,14 +36,14 @@ def say(text: str, *, to: TextIO | None = None) -> None:
 class Metrics:
     """Appends to `metrics.jsonl` and to trackers; a resumed run first drops what lies after its checkpoint."""
 
-    def __init__(self, folder: Path, *, trackers: tuple[str, ...] = ()) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, *, trackers: tuple[str, ...] = (), writes: bool = True) -> None:
+        self.path, self.writes = folder / "metrics.jsonl", writes
         self.failed = False
-        self.board = _tensorboard(folder) if "tensorboard" in trackers else None
+        self.board = _tensorboard(folder) if "tensorboard" in trackers and writes else None
 
     def rewind(self, step: int) -> dict[int, str]:
         """Drop lines after `step`, so that no step stands twice; return the exact training losses they recorded."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return {}
         lines = list(files.read_lines(self.path))
         files.rewrite_lines(self.path, [line for line in lines if line["step"] <= step])
@@ -40,6 +51,8 @@ class Metrics:
 
     def write(self, step: int, values: Values) -> None:
         """Append one line; NaN and infinity are written as text, never hidden; losses also exactly (hexadecimal)."""
+        if not self.writes:
+            return
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         for name, value in values.items():
             exact = isinstance(value, float) and not math.isfinite(value)
@@ -81,7 +94,7 @@ class LiveLine:
     def show(self, text: str, *, force: bool = False) -> None:
         """Show `text` unless the last line is younger than the period."""
         now = time.monotonic()
-        if not force and now - self.last < self.every:
+        if _silent or (not force and now - self.last < self.every):
             return
         self.last = now
         if self.stream.isatty():
@@ -91,7 +104,7 @@ class LiveLine:
         self.stream.flush()
 
     def end(self) -> None:
-        if self.stream.isatty():
+        if self.stream.isatty() and not _silent:
             self.stream.write("\n")
             self.stream.flush()
 

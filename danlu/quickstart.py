@@ -33,6 +33,7 @@ from danlu.log import count, duration, say
 from danlu.models.build import build
 from danlu.models.decoder import Decoder
 from danlu.nn import paths
+from danlu.parallel.place import alone
 from danlu.train.recipe import Run
 from danlu.train.run import train
 from danlu.train.step import Engine
@@ -223,8 +224,8 @@ def probe(run: Run, vocab: int, device: torch.device) -> float:
     """Return the seconds of one step of `run` here, with random tokens: the quarter that nothing disturbed says it."""
     subject = fresh_model(run, vocab, device)
     precision = parallel.fastest(device)
-    engine = Engine(subject, run.objective, device=device, precision=precision, micro=1, clip=run.clip, seed=0)
-    optimizer = run.optim.build((name, p) for name, p in subject.named_parameters())
+    engine = Engine(alone(subject), run.objective, precision=precision, clip=run.clip, seed=0)
+    optimizer = run.optim.build((leaf.name, leaf.local) for leaf in engine.leaves)
     draw, taken = chance.generator(0, "probe"), []
     for step in range(1 + PROBES):
         began = time.perf_counter()

@@ -15,6 +15,7 @@ FLOORS: dict[str, int] = {                               # the longest matching 
 }
 SIBLINGS = {                                             # arrows between rooms of one floor
     ("danlu.train", "danlu.evaluate"), ("danlu.generate", "danlu.models"), ("danlu.parallel", "danlu.models"),
+    ("danlu.parallel", "danlu.objectives"),
     ("danlu.evaluate", "danlu.train"), ("danlu.train", "danlu.report"), ("danlu.__main__", "danlu.cli"),
     ("danlu.cli", "danlu.verbs"), ("danlu.quickstart", "danlu.verbs"),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -18,8 +19,9 @@ from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
 from danlu.models.names import Name, rows
-from danlu.nn import attention, head
+from danlu.nn import attention, head, placed
 from danlu.nn.cache import Cache, Past
+from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.mlp import MLP, Activation
 from danlu.nn.norm import RMSNorm
 from danlu.nn.paths import Choice
@@ -218,6 +220,9 @@ class DecoderModel(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _layer in range(cfg.layers))
         self.norm = _norm(cfg)
         self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
+        self.last = True                                 # False in all but the last stage of a pipeline
+        self.span: Span | None = None                    # set under context parallelism
+        self.strip = Strip()                             # … and under sequence parallelism
         # No buffer: `to_empty` would leave it without content.
         self.angles, self.sharpen = frequencies(cfg.head_width, cfg.rope_theta, cfg.scaling)
 
@@ -229,10 +234,45 @@ class DecoderModel(nn.Module):
         ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  `last`: only the last token's
         logits, [B, 1, V].  `types` is an encoder's and is not used.
         """
-        x, sights, rotary = self._begin(ids, positions, segments, cache)
-        for i, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layers[i]
-            x = block(x, sights[i < self.cfg.full_layers], rotary, past)
+        x = self.enter(ids, positions, cache)
+        x = self.through(x, positions, segments, cache)
+        return self.leave(x, labels, weights, last=last) if self.last else x
+
+    def enter(self, ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
+        """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
+        if ids.is_floating_point():
+            return ids
+        cfg, tokens, past = self.cfg, ids.shape[1], 0 if cache is None else cache.length
+        if past + tokens > cfg.context:
+            raise IncompatibleError(
+                _("{n} tokens do not fit the model's context of {context}").format(
+                    n=past + tokens, context=cfg.context),
+                fix=_("shorten the text, or use a model with a longer context"))
+        x = self.embed(ids)
+        if self.position is not None:
+            x = x + self.position(self._places(tokens, ids.device, positions, past))
+        return self.strip.cut(F.dropout(x, cfg.dropout, self.training))
+
+    def through(self, x: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
+        """Return what the last block makes of x [B, T, D]."""
+        assert cache is None or segments is None, "a cache holds one document a row"
+        cfg, tokens, past = self.cfg, x.shape[1] * self.strip.size, 0 if cache is None else cache.length
+        dtype = attention.working_dtype(x)
+        places = self._places(tokens, x.device, positions, past)
+        rotary = None if cfg.position == "learned" else turn(places, self.angles, self.sharpen, dtype)
+        sights = []
+        for window in (cfg.window, None):
+            sights.append(attention.sight(tokens, causal=True, device=x.device, dtype=dtype, window=window,
+                                          segments=segments, past=past, span=self.span))
+            if cfg.window is None or not cfg.full_layers:
+                break
+        for i, block in numbered(self.blocks):
+            x = block(x, sights[0] if i >= cfg.full_layers else sights[-1], rotary, None if cache is None else cache.layers[i])
+        return x
+
+    def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool = False) -> dict[str, Any]:
+        """Return what `forward` does, from what the last block put out."""
+        x = self.strip.join(x)
         table = self.embed.weight if self.head is None else self.head.weight
         if labels is None:
             x = self.norm(x[:, -1:] if last else x)
@@ -242,36 +282,18 @@ class DecoderModel(nn.Module):
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
         return {"lm": head.scores(x, table, labels, weights, index=index)}
 
-    def _begin(self, ids: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None,
-               ) -> tuple[Tensor, tuple[attention.Sight, attention.Sight], tuple[Tensor, Tensor] | None]:
-        """Return the embedded ids [B, T, D], what (windowed, full) layers see, and the rotary angles."""
-        assert cache is None or segments is None, "a cache holds one document a row"
-        cfg, tokens, past = self.cfg, ids.shape[1], 0 if cache is None else cache.length
-        if past + tokens > cfg.context:
-            raise IncompatibleError(
-                _("{n} tokens do not fit the model's context of {context}").format(
-                    n=past + tokens, context=cfg.context),
-                fix=_("shorten the text, or use a model with a longer context"))
-        if positions is None:
-            positions = torch.arange(past, past + tokens, device=ids.device)[None]      # [1, T]
-        x = self.embed(ids)
-        if self.position is not None:
-            x = x + self.position(positions)
-        x = F.dropout(x, cfg.dropout, self.training)
-        dtype = attention.working_dtype(self.embed.weight)
-        rotary = None if self.position is not None else turn(positions, self.angles, self.sharpen, dtype)
-        sights = []
-        for window in (cfg.window, None):
-            sights.append(attention.sight(tokens, causal=True, device=ids.device, dtype=dtype, window=window,
-                                          segments=segments, past=past))
-            if cfg.window is None or not cfg.full_layers:
-                break
-        return x, (sights[0], sights[-1]), rotary
+    def _places(self, tokens: int, device: torch.device, positions: Tensor | None, past: int) -> Tensor:
+        """Return the places of the tokens in their documents, [B or 1, T]."""
+        if positions is not None:
+            return positions
+        if self.span is not None:
+            return self.span.mine[None]
+        return torch.arange(past, past + tokens, device=device)[None]
 
     def use(self, choice: Choice) -> Self:
         """Compute by the paths of `choice` from now on."""
-        for block in self.blocks:
-            block.attention.path, block.mlp.path = choice.attention, choice.gelu    # type: ignore[union-attr]
+        for _i, block in numbered(self.blocks):
+            block.attention.path, block.mlp.path = choice.attention, choice.gelu
         return self
 
     @torch.no_grad()
@@ -283,14 +305,13 @@ class DecoderModel(nn.Module):
         for name, p in self.named_parameters():
             module, _dot, kind = name.rpartition(".")
             if "norm" in module:
-                p.fill_(1.0 if kind == "weight" else 0.0)
+                placed.local(p).fill_(1.0 if kind == "weight" else 0.0)
             elif kind == "bias":
-                p.zero_()
+                placed.local(p).zero_()
             else:
                 added = self.cfg.family == "gpt2" and module.endswith((".o", ".down"))
                 std = self.cfg.init_std / math.sqrt(2 * self.cfg.layers) if added else self.cfg.init_std
-                source = torch.Generator().manual_seed(chance.torch_seed(seed, f"init/{name}"))
-                p.copy_(torch.empty(p.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=source))
+                placed.fill(p, partial(_normal, p.shape, std, chance.torch_seed(seed, f"init/{name}")))
         return self
 
     def flops(self, length: int) -> float:
@@ -301,6 +322,11 @@ class DecoderModel(nn.Module):
         forward = (3 if cfg.gated else 2) * cfg.width * cfg.hidden
         products = cfg.layers * (attending + forward) + cfg.vocab * cfg.width
         return 6.0 * products + 12.0 * cfg.layers * cfg.heads * cfg.head_width * length
+
+
+def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=source)
 
 
 def names(cfg: Decoder) -> Iterator[Name]:

@@ -6,6 +6,7 @@ B rows, T tokens, N positions that are learned from, D width, F hidden width, L 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -17,7 +18,8 @@ from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
 from danlu.models.names import Name, rows
-from danlu.nn import attention, head
+from danlu.nn import attention, head, placed
+from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.mlp import MLP, Activation, activate
 from danlu.nn.paths import Choice
 from danlu.words import _
@@ -193,6 +195,9 @@ class EncoderModel(nn.Module):
         self.pooler = nn.Linear(cfg.width, cfg.width) if cfg.pooler else None
         self.head = MaskedHead(cfg) if "mlm" in cfg.outputs else None
         self.pairs = nn.ModuleDict({name: nn.Linear(cfg.width, 2) for name in cfg.outputs if name != "mlm"})
+        self.last = True                                 # False in all but the last stage of a pipeline
+        self.span: Span | None = None                    # set under context parallelism
+        self.strip = Strip()                             # … and under sequence parallelism
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None,
@@ -203,7 +208,35 @@ class EncoderModel(nn.Module):
         positions whose weight is not 0.  ids, positions, segments, types [B, T].  What is said of pairs is read off the
         first token of each row.
         """
-        x = self.read(ids, positions, segments, types)
+        x = self.through(self.enter(ids, positions, types), segments)
+        return self.leave(x, labels, weights) if self.last else x
+
+    def enter(self, ids: Tensor, positions: Tensor | None, types: Tensor | None) -> Tensor:
+        """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
+        if ids.is_floating_point():
+            return ids
+        cfg, tokens = self.cfg, ids.shape[1]
+        if tokens > cfg.context:
+            raise IncompatibleError(
+                _("{n} tokens do not fit the model's context of {context}").format(n=tokens, context=cfg.context),
+                fix=_("shorten the text, or use a model with a longer context"))
+        if positions is None:
+            positions = torch.arange(tokens, device=ids.device)[None] if self.span is None else self.span.mine[None]    # [1, T]
+        x = self.embed(ids) + self.position(positions + self.first)
+        x = x + (self.types.weight[0] if types is None else self.types(types))
+        return self.strip.cut(F.dropout(self.embed_norm(x), cfg.dropout, self.training))
+
+    def through(self, x: Tensor, segments: Tensor | None) -> Tensor:
+        """Return what the last block makes of x [B, T, D]."""
+        see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=segments,
+                              dtype=attention.working_dtype(x), span=self.span)
+        for _i, block in numbered(self.blocks):
+            x = block(x, see)
+        return x
+
+    def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None) -> dict[str, Any]:
+        """Return what `forward` does, from what the last block put out."""
+        x = self.strip.join(x)
         out: dict[str, Any] = {}
         if self.pooler is not None:
             out["pooled"] = torch.tanh(self.pooler(x[:, 0]))
@@ -221,26 +254,12 @@ class EncoderModel(nn.Module):
     def read(self, ids: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
              types: Tensor | None = None) -> Tensor:
         """Return what the last block says of each token, [B, T, D].  Raises IncompatibleError for too many tokens."""
-        cfg, tokens = self.cfg, ids.shape[1]
-        if tokens > cfg.context:
-            raise IncompatibleError(
-                _("{n} tokens do not fit the model's context of {context}").format(n=tokens, context=cfg.context),
-                fix=_("shorten the text, or use a model with a longer context"))
-        if positions is None:
-            positions = torch.arange(tokens, device=ids.device)[None]                       # [1, T]
-        x = self.embed(ids) + self.position(positions + self.first)
-        x = x + (self.types.weight[0] if types is None else self.types(types))
-        x = F.dropout(self.embed_norm(x), cfg.dropout, self.training)
-        see = attention.sight(tokens, causal=False, device=ids.device, segments=segments,
-                              dtype=attention.working_dtype(self.embed.weight))
-        for block in self.blocks:
-            x = block(x, see)
-        return x                                                                # type: ignore[no-any-return]
+        return self.through(self.enter(ids, positions, types), segments)
 
     def use(self, choice: Choice) -> Self:
         """Compute by the paths of `choice` from now on."""
-        for block in self.blocks:
-            block.attention.path, block.mlp.path = choice.attention, choice.gelu    # type: ignore[union-attr]
+        for _i, block in numbered(self.blocks):
+            block.attention.path, block.mlp.path = choice.attention, choice.gelu
         return self
 
     @torch.no_grad()
@@ -252,18 +271,19 @@ class EncoderModel(nn.Module):
         for name, p in self.named_parameters():
             module, _dot, kind = name.rpartition(".")
             if "norm" in module:
-                p.fill_(1.0 if kind == "weight" else 0.0)
+                placed.local(p).fill_(1.0 if kind == "weight" else 0.0)
             elif kind == "bias":
-                p.zero_()
+                placed.local(p).zero_()
             else:
-                source = torch.Generator().manual_seed(chance.torch_seed(seed, f"init/{name}"))
-                fresh, std = torch.empty(p.shape, dtype=torch.float32, device="cpu"), self.cfg.init_std
-                if self.cfg.family == "bert":
-                    nn.init.trunc_normal_(fresh, 0.0, std, -2 * std, 2 * std, generator=source)
-                else:
-                    fresh.normal_(0.0, std, generator=source)
-                p.copy_(fresh)
+                placed.fill(p, partial(self._fresh, p.shape, chance.torch_seed(seed, f"init/{name}")))
         return self
+
+    def _fresh(self, shape: torch.Size, seed: int) -> Tensor:
+        source, std = torch.Generator().manual_seed(seed), self.cfg.init_std
+        fresh = torch.empty(shape, dtype=torch.float32, device="cpu")
+        if self.cfg.family == "bert":
+            return nn.init.trunc_normal_(fresh, 0.0, std, -2 * std, 2 * std, generator=source)
+        return fresh.normal_(0.0, std, generator=source)
 
     def flops(self, length: int) -> float:
         """Return the FLOPs of training on one token in rows of `length`, 6 a weight that multiplies it.

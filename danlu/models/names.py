@@ -59,7 +59,7 @@ def to_hf(names: Iterable[Name], state: Mapping[str, Tensor]) -> Iterator[tuple[
 
 def from_hf(names: Iterable[Name], tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *,
             where: str | None = None) -> dict[str, Tensor]:
-    """Return {our name: tensor}, of exactly the names and shapes of `shapes`.
+    """Return {our name: tensor}, mostly views, of exactly the names and shapes of `shapes`.
 
     Raises IncompatibleError that names a missing, left-over or misshapen tensor.
     """
@@ -107,5 +107,4 @@ def _parts(name: Name, tensor: Tensor, shapes: Mapping[str, torch.Size],
         raise IncompatibleError(
             _("the weight {name} has shape {found}, and config.json asks for {wanted}").format(
                 name=name.theirs, found=tuple(tensor.shape), wanted=whole[::-1] if name.turned else whole), where=where)
-    for ours, part in zip(name.ours, torch.split(tensor, [shape[0] for shape in wanted]), strict=True):
-        yield ours, part.contiguous()
+    yield from zip(name.ours, torch.split(tensor, [shape[0] for shape in wanted]), strict=True)

@@ -5,8 +5,10 @@ What is written opens in `transformers` unchanged; what is read is checked to th
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from danlu.errors import ConfigError, DataError, IncompatibleError, SecurityErro
 from danlu.fault import fault
 from danlu.models import decoder, decoder_config, encoder, encoder_config, names
 from danlu.models.build import Network, build
+from danlu.nn import placed
 from danlu.words import _
 
 Config = decoder.Decoder | encoder.Encoder
@@ -51,11 +54,15 @@ def to_hf(cfg: Config, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
 
 
 def from_hf(cfg: Config, tensors: Mapping[str, Tensor], *, where: str | None = None) -> dict[str, Tensor]:
-    """Return the weights under our names.  IncompatibleError names a missing, left-over or misshapen one."""
+    """Return the weights under our names, mostly views.  IncompatibleError names a missing, left-over or misshapen one."""
     family = _family(cfg)
-    shapes = {name: p.shape for name, p in build(cfg).state_dict().items()}
     tensors = {family.modern(cfg, name): tensor for name, tensor in tensors.items()}
-    return names.from_hf(family.names(cfg), tensors, shapes, where=where)
+    return names.from_hf(family.names(cfg), tensors, shapes(cfg), where=where)
+
+
+def shapes(cfg: Config) -> dict[str, torch.Size]:
+    """Return the name and shape of every weight of the whole model."""
+    return {name: tensor.shape for name, tensor in build(cfg).state_dict().items()}
 
 
 def read_config(folder: str | Path) -> Config:
@@ -76,7 +83,10 @@ def read_config(folder: str | Path) -> Config:
 
 
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """Return every tensor of a folder's safetensors files, under Hugging Face's names, on the CPU."""
+    """Return every tensor of a folder's safetensors files, under Hugging Face's names.
+
+    They are mapped from the files: what nobody looks at is never read.
+    """
     tensors: dict[str, Tensor] = {}
     for path, wanted in _shards(Path(folder)):
         try:
@@ -137,8 +147,24 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         cfg = cfg.filled(vocab=cfg.vocab or 0, heads=heads)
     state = from_hf(cfg, read_tensors(folder), where=str(folder))
     model = build(cfg)
-    model.load_state_dict({name: t.to(device, dtype) for name, t in state.items()}, strict=True, assign=True)
+    model.load_state_dict({name: t.to(device, dtype).contiguous() for name, t in state.items()}, strict=True, assign=True)
     return model
+
+
+def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path) -> None:
+    """Copy the weights of `folder` into `held` (our names), of which each may be a part of the whole (DTensor).
+
+    No more is read than that, but the folder must hold the whole model, and every name and shape of it is checked.
+    """
+    state = from_hf(cfg, read_tensors(folder), where=str(folder))
+    for name, tensor in held.items():
+        found = tuple(state[name].shape) if name in state else None
+        if found is None:
+            raise IncompatibleError(_("no tensor gives the weight {name}").format(name=name), where=str(folder))
+        if found != tuple(tensor.shape):
+            raise IncompatibleError(_("the weight {name} has shape {found}, and the model asks for {wanted}").format(
+                name=name, found=found, wanted=tuple(tensor.shape)), where=str(folder))
+        placed.fill(tensor, partial(state.__getitem__, name))
 
 
 def save(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None,
@@ -149,26 +175,27 @@ def save(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None = No
         raise ConfigError(_("the folder exists already"), where=str(folder), fix=_("choose another name, or remove it"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     cfg: Any = model.cfg
-    tensors = to_hf(cfg, model.state_dict())
-    if dtype is not None:
-        tensors = ((name, t.to(dtype)) for name, t in tensors)
     with files.appearing(folder) as temporary:
-        write_folder(temporary, cfg, tensors, tokenizer=tokenizer, shard_bytes=shard_bytes)
+        write_folder(temporary, cfg, model.state_dict(), dtype=dtype, tokenizer=tokenizer, shard_bytes=shard_bytes)
 
 
-def write_folder(folder: Path, cfg: Config, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: Path | None = None,
+def write_folder(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, like: Mapping[str, Tensor] | None = None,
+                 dtype: torch.dtype | None = None, tokenizer: Path | None = None,
                  shard_bytes: int = SHARD_BYTES) -> dict[str, tensorfile.Written]:
     """Write weights, config.json, generation_config.json and the tokenizer's files into an existing `folder`.
 
-    tensors: (Hugging Face's name, tensor), taken one after the other; no more than a shard of them is held.  Returns
-    size and hash of each file of weights.
+    state: our names; each tensor is asked for once, when it is written, and let go.  like: the same on the meta device,
+    for a `state` that makes its tensors when asked.  Returns size and hash of each file of weights.
     """
+    if like is None:
+        like = {name: tensor.to("meta") for name, tensor in state.items()}
+    specs = [tensorfile.Spec(name, dtype or t.dtype, tuple(t.shape)) for name, t in to_hf(cfg, like)]
+    tensors = (t if dtype is None else t.to(dtype) for _name, t in to_hf(cfg, state))
     shards: list[tuple[Path, list[str], tensorfile.Written]] = []
-    dtypes = set[torch.dtype]()
-    for number, shard in enumerate(_cut(tensors, shard_bytes)):
-        dtypes.update(t.dtype for t in shard.values())
+    for number, cut in enumerate(_cut(specs, shard_bytes)):
         path = folder / f".shard-{number}"
-        shards.append((path, list(shard), tensorfile.write(path, shard, metadata={"format": "pt"})))
+        record = tensorfile.stream(path, cut, itertools.islice(tensors, len(cut)), metadata={"format": "pt"})
+        shards.append((path, [spec.name for spec in cut], record))
     single = len(shards) == 1
     written, listed = {}, {}
     for number, (path, held, record) in enumerate(shards):
@@ -183,8 +210,9 @@ def write_folder(folder: Path, cfg: Config, tensors: Iterable[tuple[str, Tensor]
     special = {} if tokenizer is None else _special(tokenizer)
     if isinstance(cfg, encoder.Encoder):
         encoder_config.check_pad(cfg, special.get("pad_token_id", cfg.pad))
-    dtype = {"torch_dtype": str(next(iter(dtypes))).removeprefix("torch.")} if len(dtypes) == 1 else {}
-    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **dtype, **special})
+    kinds = {str(spec.dtype).removeprefix("torch.") for spec in specs}
+    kind = {"torch_dtype": kinds.pop()} if len(kinds) == 1 else {}
+    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **special})
     files.write_json(folder / "generation_config.json", special)
     for name in TOKENIZER_FILES if tokenizer is not None else ():
         assert tokenizer is not None
@@ -194,18 +222,17 @@ def write_folder(folder: Path, cfg: Config, tensors: Iterable[tuple[str, Tensor]
     return written
 
 
-def _cut(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
-    """Yield groups of tensors of at most `most` bytes; a larger tensor stands alone."""
-    shard: dict[str, Tensor] = {}
+def _cut(specs: Iterable[tensorfile.Spec], most: int) -> Iterator[list[tensorfile.Spec]]:
+    """Yield groups of at most `most` bytes; a larger tensor stands alone."""
+    group: list[tensorfile.Spec] = []
     size = 0
-    for name, tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shard and size + bytes_ > most:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += bytes_
-    yield shard
+    for spec in specs:
+        if group and size + spec.bytes > most:
+            yield group
+            group, size = [], 0
+        group.append(spec)
+        size += spec.bytes
+    yield group
 
 
 def _special(tokenizer: Path) -> dict[str, int | None]:

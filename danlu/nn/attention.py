@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from danlu.nn.cache import Past
+from danlu.nn.collective import Span
 from danlu.nn.norm import RMSNorm
 from danlu.nn.position import rotate
 
@@ -29,12 +30,18 @@ class Sight(NamedTuple):
 
 
 def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch.dtype, window: int | None = None,
-          segments: Tensor | None = None, past: int = 0) -> Sight:
+          segments: Tensor | None = None, past: int = 0, span: Span | None = None) -> Sight:
     """Return what `tokens` new queries see, after `past` tokens that a cache holds.
 
     segments [B, S]: a token sees only tokens of its own segment.  Padding (0) is a segment of its own: it sees only
-    padding, so nothing real depends on it and no row of the softmax is empty.
+    padding, so nothing real depends on it and no row of the softmax is empty.  span: the queries are these tokens of
+    the row, and the keys come in its order; `segments` are the whole row's all the same.
     """
+    if span is not None:
+        query, key = span.mine[:, None], span.order
+        theirs = None if segments is None else (segments[:, None, span.mine, None], segments[:, None, None, span.order])
+        allowed = torch.ones(len(span.mine), len(span.order), dtype=torch.bool, device=device)
+        return Sight(False, None, _bias(allowed, query, key, causal, window, theirs, dtype))
     seen = past + tokens
     if window is not None and window >= seen:
         window = None
@@ -43,18 +50,21 @@ def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch
     query = torch.arange(past, seen, device=device)[:, None]
     key = torch.arange(seen, device=device)
     allowed = torch.ones(tokens, seen, dtype=torch.bool, device=device)
+    same = None if segments is None else (segments[:, None, past:, None], segments[:, None, None, :])
+    return Sight(causal, window, _bias(allowed, query, key, causal, window, same, dtype))
+
+
+def _bias(allowed: Tensor, query: Tensor, key: Tensor, causal: bool, window: int | None,  # noqa: PLR0917
+          segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+    """Return 0 where query [T, 1] sees key [S], -inf where not: [B or 1, 1, T, S]."""
     if causal:
         allowed &= key <= query
     if window is not None:
         allowed &= key > query - window
         if not causal:
             allowed &= key < query + window
-    if segments is not None:
-        allowed = allowed & (segments[:, None, past:, None] == segments[:, None, None, :])      # [B, 1, T, S]
-    else:
-        allowed = allowed[None, None]
-    bias = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -math.inf)
-    return Sight(causal, window, bias)
+    allowed = allowed[None, None] if segments is None else allowed & (segments[0] == segments[1])     # [B or 1, 1, T, S]
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -75,6 +85,7 @@ class Attention(nn.Module):
         self.head_width = head_width or width // heads
         self.dropout = dropout
         self.path = "sdpa"
+        self.span: Span | None = None                           # set under context parallelism
         keys = (kv_heads or heads) * self.head_width
         self.q = nn.Linear(width, heads * self.head_width, bias=qkv_bias, device=device)
         self.k = nn.Linear(width, keys, bias=qkv_bias, device=device)
@@ -95,6 +106,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if past is not None:
             k, v = past.extend(k, v)                            # [B, S, G, K]
+        if self.span is not None:
+            k, v = self.span.gather(k), self.span.gather(v)     # [B, S, G, K]
         dropout = self.dropout if self.training else 0.0
         out = attend(q.to(v.dtype), k.to(v.dtype), v, see, self.path, dropout=dropout)
         return self.o(out.flatten(-2))                          # type: ignore[no-any-return]

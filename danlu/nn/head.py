@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Shard
 
 from danlu.nn.attention import working_dtype
+from danlu.nn.collective import Cut, cut
 
 CHUNK_BYTES = {"cpu": 48 * 2**20}       # of one chunk of logits: large enough for fast products, small beside the model
 OTHER_CHUNK_BYTES = 512 * 2**20         # … on an accelerator
@@ -37,16 +39,19 @@ def scores(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | Non
 
     hidden [B, T, D], or [N, D] if the caller has already selected it by `index` = learned(weights); weight [V, D],
     bias [V]; chunk: tokens at a time (default: by memory).  The gradient is exact whatever flows in; it is cheapest
-    where that is proportional to `weights`, as in any plain or label-smoothed loss.
+    where that is proportional to `weights`, as in any plain or label-smoothed loss.  Under tensor parallelism weight and
+    bias are cut along V, and no process ever has all logits of a token.
     """
     labels, hidden = labels.flatten(), hidden.reshape(-1, hidden.shape[-1])
     if index is None:
         index = learned(labels if weights is None else weights, everything=weights is None)
         hidden = select(hidden, index)
     hint = torch.ones(len(index), device=labels.device) if weights is None else select(weights.flatten().float(), index)
+    weight, part = cut(weight)
+    bias = None if bias is None else cut(bias)[0]
     logp, logz = _Head.apply(                                   # type: ignore[no-untyped-call]
-        hidden, weight, bias, select(labels, index), hint, working_dtype(weight), chunk, torch.is_grad_enabled())
-    return Scores(logp, logz, _mean_logit(hidden, weight, bias) - logz, index)
+        hidden, weight, bias, select(labels, index), hint, working_dtype(weight), chunk, torch.is_grad_enabled(), part)
+    return Scores(logp, logz, _mean_logit(hidden, weight, bias, part) - logz, index)
 
 
 def learned(weights: Tensor, *, everything: bool = False) -> Tensor:
@@ -62,15 +67,21 @@ def select(flat: Tensor, index: Tensor) -> Tensor:
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return all logits [..., V]: for decoding and distillation only."""
+    if isinstance(weight, DTensor):
+        part = F.linear(hidden, weight.to_local(), None if bias is None else cut(bias)[0])
+        return DTensor.from_local(part, weight.device_mesh, [Shard(part.ndim - 1)], run_check=False).full_tensor()
     return F.linear(hidden, weight, bias)
 
 
-def _mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: Cut | None) -> Tensor:
     """Return the mean logit [N]: a mean of linear functions is the function of the mean, so no logit is computed."""
     with torch.autocast(hidden.device.type, enabled=False):
-        mean = weight.mean(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        mean = weight.mean(0, dtype=kind) if part is None else part.total(weight.sum(0, dtype=kind)) / part.size
         out = hidden.to(mean.dtype) @ mean
-        return out if bias is None else out + bias.to(mean.dtype).mean()
+        if bias is None:
+            return out
+        return out + (bias.to(kind).mean() if part is None else part.total(bias.to(kind).sum()) / part.size)
 
 
 class _Head(torch.autograd.Function):
@@ -82,20 +93,20 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,  # noqa: PLR0917
-                hint: Tensor, kind: torch.dtype, chunk: int | None, learning: bool) -> tuple[Tensor, Tensor]:
+                hint: Tensor, kind: torch.dtype, chunk: int | None, learning: bool, part: Cut | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.kind, ctx.chunk = kind, chunk
+        ctx.kind, ctx.chunk, ctx.part = kind, chunk, part
         ctx.save_for_backward(hidden, weight, bias, labels, hint)
         # float16 has too few small numbers for gradients that the loss scaler has not scaled: those wait for backward
         ahead = learning and kind != torch.float16
         needs = [ahead and need for need in ctx.needs_input_grad[:3]]
-        logp, logz, ctx.ready = _pass(hidden, weight, bias, labels, kind, chunk, needs, hint=hint)
+        logp, logz, ctx.ready = _pass(hidden, weight, bias, labels, kind, chunk, needs, part, hint=hint)
         return logp, logz
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if a is None and b is None:
             return nothing
         hidden, weight, bias, labels, hint = ctx.saved_tensors
@@ -106,12 +117,16 @@ class _Head(torch.autograd.Function):
         anew = [need and (have is None or (i > 0 and ratio is None))
                 for i, (need, have) in enumerate(zip(ctx.needs_input_grad[:3], ready, strict=True))]
         if any(anew):
-            *_, made = _pass(hidden, weight, bias, labels, ctx.kind, ctx.chunk, anew, up=up, extra=b)
+            *_, made = _pass(hidden, weight, bias, labels, ctx.kind, ctx.chunk, anew, ctx.part, up=up, extra=b)
         dh, dw, db = ready
+        if b is not None:
+            labels, mine = _mine(labels, len(weight), ctx.part)
+            b = b if mine is None else b * mine
         if dh is not None:
             dh = dh * up[:, None]
             if b is not None:
-                dh = dh + weight.index_select(0, labels) * b[:, None]
+                of_label = weight.index_select(0, labels) * b[:, None]
+                dh = dh + (of_label if ctx.part is None else ctx.part.add(of_label))
         if dw is not None and ratio is not None:
             dw.mul_(ratio)
             if b is not None:
@@ -134,7 +149,7 @@ def _ratio(up: Tensor, hint: Tensor) -> float | None:
 
 
 def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, kind: torch.dtype,  # noqa: PLR0917
-          chunk: int | None, needs: list[bool], *, hint: Tensor | None = None, up: Tensor | None = None,
+          chunk: int | None, needs: list[bool], part: Cut | None, *, hint: Tensor | None = None, up: Tensor | None = None,
           extra: Tensor | None = None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Return logp [N], logz [N] and the wanted ones of the gradients of (hidden [N, D], weight [V, D], bias [V]).
 
@@ -149,7 +164,7 @@ def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, k
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, g in _chunks(h, w, b, chunk):
             factors = tuple(None if x is None else x[rows].to(full) for x in (up, extra))
-            logp[rows], logz[rows] = _normalise(g, labels[rows], *factors, keep=any(needs))
+            logp[rows], logz[rows] = _normalise(g, labels[rows], *factors, keep=any(needs), part=part)
             weighing = None if hint is None else hint[rows].to(full)
             if dh is not None:
                 torch.mm(g, w, out=dh[rows])
@@ -157,7 +172,18 @@ def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, k
                 _add_product(dw, g, h[rows] if weighing is None else (h[rows] * weighing[:, None]).to(kind))
             if db is not None:
                 db += g.sum(0, dtype=full) if weighing is None else (g.mT @ weighing.to(kind)).to(full)
+    if dh is not None and part is not None:
+        part.add(dh)                                            # each process has made the share of its own ids
     return logp, logz, [dh, dw, db]
+
+
+def _mine(labels: Tensor, rows: int, part: Cut | None) -> tuple[Tensor, Tensor | None]:
+    """Return the labels as rows of this process's weight, and whether each is one of them (None: all are)."""
+    if part is None:
+        return labels, None
+    here = labels - part.first
+    mine = (here >= 0) & (here < rows)
+    return torch.where(mine, here, 0), mine
 
 
 def _chunks(h: Tensor, w: Tensor, b: Tensor | None, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
@@ -177,23 +203,28 @@ def _chunks(h: Tensor, w: Tensor, b: Tensor | None, chunk: int | None) -> Iterat
 
 
 def _normalise(g: Tensor, labels: Tensor, up: Tensor | None, extra: Tensor | None, *,
-               keep: bool) -> tuple[Tensor, Tensor]:
+               keep: bool, part: Cut | None = None) -> tuple[Tensor, Tensor]:
     """Return (logp, logz) [n] of the logits g [n, V]; with `keep`, g becomes up·(softmax - onehot) + extra·onehot."""
     full = torch.promote_types(g.dtype, torch.float32)
-    step = max(1, SLAB_BYTES // (4 * g.shape[1])) if g.device.type == "cpu" else max(1, len(g))
+    slabs = g.device.type == "cpu" and part is None             # with others, one exchange a chunk is cheaper
+    step = max(1, SLAB_BYTES // (4 * g.shape[1])) if slabs else max(1, len(g))
+    labels, mine = _mine(labels, g.shape[1], part)
     logp, logz = (torch.empty(len(g), dtype=full, device=g.device) for _output in range(2))
     for start in range(0, len(g), step):
         rows = slice(start, min(start + step, len(g)))
         x, label = g[rows].to(full), labels[rows, None]         # in float32 this is g itself, and all is done in place
         peak = x.amax(1, keepdim=True)
-        x -= peak
+        x -= peak if part is None else part.most(peak)
         of_label = x.gather(1, label)
         total = x.exp_().sum(1, keepdim=True)
+        if part is not None and mine is not None:
+            of_label, total = part.add(torch.stack((of_label * mine[rows, None], total)))
         logz[rows], logp[rows] = (total.log() + peak)[:, 0], (of_label - total.log())[:, 0]
         if keep:
             x *= 1 / total if up is None else up[rows, None] / total
             onehot = -torch.ones_like(of_label) if up is None else -up[rows, None]
-            x.scatter_add_(1, label, onehot if extra is None else onehot + extra[rows, None])
+            onehot = onehot if extra is None else onehot + extra[rows, None]
+            x.scatter_add_(1, label, onehot if mine is None else onehot * mine[rows, None])
             if x.dtype != g.dtype:
                 g[rows] = x
     return logp, logz

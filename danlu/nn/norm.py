@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the statistics in float32 whatever the input is (Zhang & Sennrich, 2019)."""
+    """x / rms(x) * weight, the statistics in float32 at least (Zhang & Sennrich, 2019)."""
 
     def __init__(self, width: int, eps: float, *, device: str | torch.device | None = None) -> None:
         super().__init__()
@@ -17,4 +17,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the shape and type of `x` [..., D]."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        full = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(full), self.weight.shape, self.weight.to(full), self.eps).to(x.dtype)

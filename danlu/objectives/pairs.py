@@ -130,7 +130,8 @@ class SentenceOrder(Model):
 
 def choose(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Return [1]: the cross-entropy of `logits` [B, 2], summed by weight."""
-    return (functional.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()[None]
+    full = torch.promote_types(logits.dtype, torch.float32)
+    return (functional.cross_entropy(logits.to(full), labels, reduction="none") * weights).sum()[None]
 
 
 def alone(name: str, pairs: Sequence[Pair], vocab: Special, length: int) -> Batch:

@@ -1,4 +1,4 @@
-"""A module and a layout become this process's part of the model; and the process itself is made ready."""
+"""The process is made ready: threads, memory, device; and what arithmetic the device is fast at."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import resource
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from danlu.errors import ConfigError
 from danlu.words import _
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start(*, threads: int | None, device: str) -> torch.device:
@@ -95,21 +93,6 @@ def _wait(device: torch.device) -> None:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the context under which forward passes run in `precision`."""
-    if precision == "fp32":
+    if precision in ("fp32", "fp64"):
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
-
-
-def shard(model: nn.Module, *, recompute: str | int, compile: bool) -> nn.Module:
-    """Return `model` with recomputation and compilation applied to its blocks, in this order.
-
-    Names of parameters stay.  One compiled block serves all blocks: they share their code.
-    """
-    every = {"none": 0, "full": 1}.get(recompute, recompute) if isinstance(recompute, str) else recompute
-    blocks: nn.ModuleList = model.blocks               # type: ignore[assignment]
-    for number, block in enumerate(blocks):
-        if every and number % int(every) == 0:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=True)
-        if compile:
-            block.compile(dynamic=False)
-    return model

@@ -18,7 +18,7 @@ from danlu.layout import Layout
 from danlu.words import _
 
 AXES = ("pp", "dp", "cp", "tp")                          # from the outermost to the innermost
-PATIENCE = timedelta(minutes=10)                         # of a collective; the watchdog is faster
+PATIENCE = timedelta(hours=2)                            # of a collective; the watchdog is faster, and names who hangs
 
 
 def launched() -> int:
@@ -93,7 +93,8 @@ def join(layout: Layout, device: torch.device) -> World:
     if size != layout.world:
         raise ConfigError(
             _("the layout needs {n} processes and {m} were started").format(n=layout.world, m=size), where="layout",
-            fix=_("start {n}, or change layout.dp, tp, pp or cp: their product is the number of processes").format(n=layout.world))
+            fix=_("start {n}, or change layout.dp, tp, pp or cp: their product is the number of processes").format(
+                n=layout.world))
     if size == 1 and not os.environ.get("RANK"):
         return World(layout, device)
     if not dist.is_initialized():

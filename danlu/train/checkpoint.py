@@ -3,6 +3,9 @@
 checkpoint-N/  model.safetensors config.json tokenizer.json …   the model, in Hugging Face names
                optimizer.safetensors   `parameter/slot`           ema/ a second folder, if weights are averaged
                trainer_state.json      everything else as JSON    manifest.json   sizes and SHA-256, written last
+
+Of several processes, which each hold parts, the same; only that `shards/` stands for optimizer.safetensors, where each
+writes its own.  Every checkpoint is read under every layout: a process takes from the files what it holds.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,6 +29,9 @@ from danlu.errors import ConfigError, IncompatibleError
 from danlu.fault import fault
 from danlu.log import say
 from danlu.models import weights
+from danlu.nn import placed
+from danlu.parallel import World
+from danlu.train.shards import Crew, Parts, sizes, wrap, write
 from danlu.words import _
 
 NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -38,7 +44,7 @@ class Snapshot:
 
     step: int
     config: Any                                          # the model's config object
-    model: dict[str, Tensor]                             # our names
+    model: dict[str, Tensor]                             # our names; of several processes, each one's part (DTensor)
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] | None
     state: dict[str, Any]                                # JSON-ready
@@ -47,41 +53,72 @@ class Snapshot:
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's state as `name/slot` tensors and the rest as JSON-ready values."""
+def flatten(optimizer: Optimizer, held: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's state as `name/slot` tensors and the rest as JSON-ready values.
+
+    held: the model's tensors.  Where such a one is cut (DTensor) the optimizer has a plain tensor for the local part, and
+    its state is returned as what it is: a part.
+    """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
+            whole = (held or {}).get(name, parameter)
             for slot, value in optimizer.state.get(parameter, {}).items():
-                (tensors if isinstance(value, Tensor) else rest)[f"{name}/{slot}"] = value
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{slot}"] = wrap(whole, value)
+                else:
+                    rest[f"{name}/{slot}"] = value
     return tensors, rest
 
 
-def unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Put a flattened state back.  Raises IncompatibleError if it is another optimizer's or another model's."""
-    slots: dict[str, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest}.items():
+def unflatten(optimizer: Optimizer, saved: Parts, rest: Mapping[str, Any], held: Mapping[str, Tensor],
+              known: Collection[str] = ()) -> None:
+    """Put a flattened state back, of the tensors in `held` what this process has of them.
+
+    known: names that another process may hold.  Raises IncompatibleError if it is another optimizer's or another model's.
+    """
+    slots: dict[str, list[str]] = {}
+    for key in (*saved, *rest):
         name, _slash, slot = key.rpartition("/")
-        slots.setdefault(name, {})[slot] = value
+        slots.setdefault(name, []).append(slot)
     state, number = {}, 0
     for group in optimizer.param_groups:
-        for name in group["names"]:
-            if name in slots:
-                state[number] = slots.pop(name)
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            found = {slot: f"{name}/{slot}" for slot in slots.pop(name, ())}
+            if found:
+                state[number] = {slot: rest[key] if key in rest else _slot(saved, key, held.get(name, parameter), parameter)
+                                 for slot, key in found.items()}
             number += 1
-    if slots:
-        raise IncompatibleError(_("the optimizer state has no place for {names}").format(names=", ".join(list(slots)[:3])))
+    left = [name for name in slots if name in held or name not in known]
+    if left:
+        raise IncompatibleError(_("the optimizer state has no place for {names}").format(names=", ".join(left[:3])))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def snapshot(step: int, config: Any, module: nn.Module, optimizer: Optimizer, *, ema: dict[str, Tensor] | None,
+def _slot(saved: Parts, key: str, whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return what of a saved slot belongs to the local part of `whole`, which is `parameter`."""
+    shape = tuple(saved.like[key].shape)
+    if shape == tuple(whole.shape):
+        _whole, offset, shape = placed.extent(whole)
+        value = saved.part(key, offset, shape)
+    elif shape and placed.cuts(whole) > 1:
+        raise IncompatibleError(_("{name} has shape {found}, which this layout cannot cut like {wanted}").format(
+            name=key, found=shape, wanted=tuple(whole.shape)))
+    else:
+        value = saved[key]
+    # What stays where it is would keep the file mapped, and its space taken after it is deleted.
+    return value.clone() if parameter.device.type == "cpu" or not value.ndim else value
+
+
+def snapshot(step: int, config: Any, module: Any, optimizer: Optimizer, *, ema: dict[str, Tensor] | None,
              state: dict[str, Any], facts: dict[str, Any], tokenizer: Path | None,
              copy: Snapshot | None = None, own: bool = True) -> Snapshot:
     """Return the state of a run.  `own=False` refers to the live tensors (for a save that training waits for);
     otherwise they are copied, into the buffers of `copy` when an older snapshot can be overwritten."""
-    slots, rest = flatten(optimizer)
-    groups = {"model": dict(module.state_dict()), "optimizer": slots, "ema": ema}
+    held = dict(module.state_dict())
+    slots, rest = flatten(optimizer, held)
+    groups = {"model": held, "optimizer": slots, "ema": ema and {n: wrap(held[n], t) for n, t in ema.items()}}
     buffers = copy.buffers if copy is not None else {}
     if own:
         for group, tensors in groups.items():
@@ -91,57 +128,112 @@ def snapshot(step: int, config: Any, module: nn.Module, optimizer: Optimizer, *,
 
 
 def _into(buffers: dict[str, Tensor], name: str, source: Tensor) -> Tensor:
+    part = placed.local(source)
     buffer = buffers.get(name)
-    if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-        buffer = buffers[name] = torch.empty(source.shape, dtype=source.dtype, device="cpu")
-    return buffer.copy_(source.detach())
+    if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
+        buffer = buffers[name] = torch.empty(part.shape, dtype=part.dtype, device="cpu")
+    return wrap(source, buffer.copy_(part))
 
 
-def needed(snap: Snapshot) -> int:
-    """Return the bytes a checkpoint of `snap` will take, with a little to spare."""
-    tensors = [*snap.model.values(), *snap.optimizer.values(), *(snap.ema or {}).values()]
-    return int(sum(t.numel() * t.element_size() for t in tensors) * 1.01) + (4 << 20)
+def needed(snap: Snapshot, crew: Crew) -> int:
+    """Return the bytes a checkpoint of `snap` will take while it is written, with a little to spare."""
+    models = {f"{group}/{name}": t for group in ("model", "ema") for name, t in (getattr(snap, group) or {}).items()}
+    copies = 1 if crew.size == 1 else 2                  # parts, before they are put together
+    return int((sum(sizes(models, crew).values()) * copies + sum(sizes(snap.optimizer, crew).values())) * 1.01) + (4 << 20)
 
 
-def save(out: Path, snap: Snapshot) -> Path:
-    """Write `out`/checkpoint-N and return it.  Whatever happens, either it is whole or it is not there."""
-    files.check_space(out, needed(snap))
+def save(out: Path, snap: Snapshot, *, group: dist.ProcessGroup | None = None) -> Path:
+    """Write `out`/checkpoint-N and return it.  Whatever happens, either it is whole or it is not there.
+
+    group: the processes that hold parts of the state, all of which call this at the same time and see the same `out`.
+    """
+    crew = Crew(group)
+    space = needed(snap, crew)
+    crew.first(lambda: files.check_space(out, space))
     path = out / f"checkpoint-{snap.step}"
-    temporary = out / f".tmp-{path.name}-{secrets.token_hex(4)}"
-    temporary.mkdir(parents=True)
+    temporary = out / crew.first(lambda: _begun(out, path.name))
     try:
-        _write(temporary, snap)
-        fault("ckpt.before_rename")
-        if path.exists():
-            path.rename(out / f".trash-{path.name}-{secrets.token_hex(4)}")
-        temporary.rename(path)
-        files.fsync_dir(out)
+        records = _whole(temporary, snap) if group is None else _parts(temporary, snap, crew)
+        crew.first(lambda: _finish(temporary, path, snap, records, world=crew.size))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if crew.main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fault("ckpt.after_rename")
+    crew.all(lambda: fault("ckpt.after_rename"))
     return path
 
 
-def _write(folder: Path, snap: Snapshot) -> None:
-    records: dict[str, tensorfile.Written] = {}
+def _begun(out: Path, name: str) -> str:
+    temporary = out / f".tmp-{name}-{secrets.token_hex(4)}"
+    temporary.mkdir(parents=True)
+    return temporary.name
+
+
+Records = dict[str, tensorfile.Written]
+
+
+def _whole(folder: Path, snap: Snapshot) -> Records:
+    """Write the tensors of a process that is alone."""
     fault("ckpt.before_shard")
-    records |= weights.write_folder(folder, snap.config, weights.to_hf(snap.config, snap.model), tokenizer=snap.tokenizer)
+    records = _model(folder, snap, snap.model)
     fault("ckpt.async.mid")
     records["optimizer.safetensors"] = tensorfile.write(folder / "optimizer.safetensors", snap.optimizer)
     if snap.ema is not None:
-        (folder / "ema").mkdir()
-        inner = weights.write_folder(folder / "ema", snap.config, weights.to_hf(snap.config, snap.ema), tokenizer=snap.tokenizer)
-        records |= {f"ema/{name}": written for name, written in inner.items()}
+        records |= _averaged(folder, snap, snap.ema)
     files.write_json(folder / "trainer_state.json", snap.state)
+    return records
+
+
+def _parts(folder: Path, snap: Snapshot, crew: Crew) -> Records:
+    """Write the tensors of several processes: each its parts; the first puts the models together, tensor by tensor."""
+    crew.all(lambda: fault("ckpt.before_shard"))
+    parts = folder / ".parts"
+    write(parts / "model", snap.model, crew)
+    crew.all(lambda: fault("ckpt.async.mid"))
+    records = {f"shards/{name}": record for name, record in write(folder / "shards", snap.optimizer, crew).items()}
+    if snap.ema is not None:
+        write(parts / "ema", snap.ema, crew)
+    rest = {name: value for each in crew.all(lambda: snap.state["optimizer"]) for name, value in each.items()}
+
+    def put_together() -> Records:
+        whole = Parts(parts / "model")
+        put = _model(folder, snap, whole, whole.like)
+        if snap.ema is not None:
+            whole = Parts(parts / "ema")
+            put |= _averaged(folder, snap, whole, whole.like)
+        del whole                                        # or the files stay mapped
+        shutil.rmtree(parts)
+        files.write_json(folder / "trainer_state.json", {**snap.state, "optimizer": rest})
+        return put
+
+    return records | crew.first(put_together)
+
+
+def _model(folder: Path, snap: Snapshot, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Records:
+    return weights.write_folder(folder, snap.config, state, like=like, tokenizer=snap.tokenizer)
+
+
+def _averaged(folder: Path, snap: Snapshot, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Records:
+    (folder / "ema").mkdir()
+    return {f"ema/{name}": written for name, written in _model(folder / "ema", snap, state, like).items()}
+
+
+def _finish(folder: Path, path: Path, snap: Snapshot, records: Records, *, world: int) -> None:
+    """List all files in the manifest, and let the checkpoint appear."""
     fault("ckpt.before_manifest")
     listed = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
         known = records.get(name)
-        listed[name] = {"bytes": path.stat().st_size, "sha256": known.sha256 if known else files.sha256(path)}
-    files.write_json(folder / "manifest.json", {"schema": SCHEMA, "step": snap.step, **snap.facts, "files": listed})
+        listed[name] = {"bytes": file.stat().st_size, "sha256": known.sha256 if known else files.sha256(file)}
+    files.write_json(folder / "manifest.json",
+                     {"schema": SCHEMA, "step": snap.step, **snap.facts, "world_size": world, "files": listed})
     files.fsync_dir(folder)
+    fault("ckpt.before_rename")
+    if path.exists():
+        path.rename(path.with_name(f".trash-{path.name}-{secrets.token_hex(4)}"))
+    folder.rename(path)
+    files.fsync_dir(path.parent)
 
 
 def verify(path: Path, *, hashes: bool = True) -> list[str]:
@@ -180,6 +272,17 @@ def newest(out: Path, *, hashes: bool = True) -> Path | None:
     return None
 
 
+def agreed(out: Path, world: World, *, hashes: bool = True) -> Path | None:
+    """Return the newest whole checkpoint, the same in every process.  The first one sweeps, verifies and sets aside."""
+    def search() -> str | None:
+        sweep(out)
+        found = newest(out, hashes=hashes)
+        return found.name if found is not None else None
+
+    name = Crew(world.saving).first(search)
+    return out / name if name is not None else None
+
+
 def _told_damage(path: Path) -> bool:
     """Return whether a checkpoint is damaged, having said so."""
     wrong = verify(path)
@@ -209,18 +312,23 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Mo
     return weights.load(chosen(Path(path)), device=device).eval()
 
 
-def load(path: Path, module: nn.Module, optimizer: Optimizer | None = None, *,
+def load(path: Path, module: Any, optimizer: Optimizer | None = None, *,
          ema: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """Fill the module, the optimizer and the averaged weights from a verified checkpoint; return its state."""
+    """Fill the module, the optimizer and the averaged weights from a verified checkpoint; return its state.
+
+    module: anything with a `state_dict` of our names, whose tensors may be parts of the whole (DTensor), and which may
+    hold only some of them (a stage).  A process reads what it holds and needs no other.
+    """
     config = weights.read_config(path)
-    module.load_state_dict(weights.from_hf(config, weights.read_tensors(path)), strict=True)
+    held = dict(module.state_dict())
+    weights.fill(held, config, path)
     state: dict[str, Any] = files.read_json(path / "trainer_state.json")
     if optimizer is not None:
-        unflatten(optimizer, load_file(path / "optimizer.safetensors"), state["optimizer"])
+        single = path / "optimizer.safetensors"
+        unflatten(optimizer, Parts(single if single.is_file() else path / "shards"), state["optimizer"], held,
+                  known=weights.shapes(config).keys())
     if ema is not None:
-        for name, tensor in weights.from_hf(config, weights.read_tensors(path / "ema")).items():
-            if name in ema:
-                ema[name].copy_(tensor)
+        weights.fill({name: wrap(held[name], tensor) for name, tensor in ema.items()}, config, path / "ema")
     return state
 
 
@@ -243,10 +351,13 @@ def sweep(out: Path) -> None:
 
 
 class Writer:
-    """Saves in a thread of its own.  A failure is told at the next step; the run goes on without that save."""
+    """Saves in a thread of its own.  A failure is told at the next step; the run goes on without that save.
 
-    def __init__(self, out: Path, *, done: Callable[[Path], None]) -> None:
-        self.out, self.done = out, done
+    group: the processes that save together.  A failure of one is the failure of all.
+    """
+
+    def __init__(self, out: Path, *, done: Callable[[Path], None], group: dist.ProcessGroup | None = None) -> None:
+        self.out, self.done, self.group = out, done, group
         self.thread: threading.Thread | None = None
         self.spare: Snapshot | None = None
         self.error: BaseException | None = None
@@ -262,8 +373,10 @@ class Writer:
 
     def _run(self, snap: Snapshot) -> None:
         try:
-            fault("ckpt.async")
-            self.done(save(self.out, snap))
+            crew = Crew(self.group)
+            crew.all(lambda: fault("ckpt.async"))
+            path = save(self.out, snap, group=self.group)
+            crew.all(lambda: self.done(path))
             self.failures = 0
         except BaseException as error:                   # a thread has nobody to raise to: poll() tells it
             self.error = error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from danlu import chance
 from danlu.data.shards import Shards
-from danlu.data.stream import Mixed, Overlong, Stream
+from danlu.data.stream import Mixed, Overlong, Plan, Stream
 from danlu.data.tokenizer import Special
 from danlu.errors import DataError
 from danlu.fault import fault
@@ -35,14 +35,17 @@ def stream(shards: Shards, objective: Objective, *, length: int, overlong: Overl
 class Steps(IterableDataset[Fed]):
     """The batches from a position on, without end or for `rows_in_all` rows.
 
-    Worker w of n makes every n-th batch; the loader puts them in order again.
+    Worker w of n makes every n-th batch; the loader puts them in order again.  share = (index, of): of each step's
+    rows only this share is read, the same global order for any number of shares; a step that has too few rows for all
+    is filled up with rows that weigh nothing, so that every process takes as many steps.
     """
 
     def __init__(self, rows: Stream | Mixed, objective: Objective, vocab: Special, *, per_step: int, length: int,
-                 seed: int, position: Any, rows_in_all: int | None = None) -> None:
+                 seed: int, position: Any, rows_in_all: int | None = None, share: tuple[int, int] = (0, 1),
+                 fill: bool = False) -> None:
         self.rows, self.objective, self.vocab = rows, objective, vocab
         self.per_step, self.length, self.seed = per_step, length, seed
-        self.position, self.rows_in_all = position, rows_in_all
+        self.position, self.rows_in_all, self.share, self.fill = position, rows_in_all, share, fill
 
     def rng(self, key: Any, purpose: str) -> np.random.Generator:
         """Return the generator of one row and purpose."""
@@ -60,8 +63,21 @@ class Steps(IterableDataset[Fed]):
                 continue
             if worker is not None:
                 fault("data.worker")
-            rows = [self.rows.read(plan) for plan, _after in dealt]
-            yield self.objective.collate(rows, self.vocab, self.rng, self.length), dealt[-1][1]
+            yield self.batch([plan for plan, _after in dealt]), dealt[-1][1]
+
+    def batch(self, plans: Sequence[Plan]) -> dict[str, Tensor]:
+        """Return this share of a step's rows."""
+        index, of = self.share
+        size = self.per_step // of
+        mine = plans[index * size : (index + 1) * size]
+        spare = size - len(mine) if self.fill else 0
+        rows = [self.rows.read(plan) for plan in (*mine, *[plans[0]] * spare)]
+        batch = self.objective.collate(rows, self.vocab, self.rng, self.length)
+        if spare:
+            for name, column in batch.items():
+                if name.endswith("weights"):
+                    column[len(mine) :] = 0
+        return batch
 
 
 def batches(steps: Steps, *, workers: int) -> Iterator[Fed]:

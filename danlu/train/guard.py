@@ -15,11 +15,13 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from danlu.data.shards import Shards
 from danlu.data.stream import Position, Stream
 from danlu.errors import ConfigError, DataError, NumericError
+from danlu.parallel import World
+from danlu.parallel.place import Leaf
 from danlu.schedule import Schedule, check
 from danlu.words import _
 
@@ -108,16 +110,17 @@ def check_schedule(schedule: Schedule, total: int) -> None:
                           fix=_("shorten schedule.warmup or raise steps"))
 
 
-def fingerprint(model: nn.Module) -> dict[str, tuple[float, float]]:
+def fingerprint(leaves: Sequence[Leaf]) -> dict[str, tuple[float, float]]:
     """Return two sums for each trained parameter; a parameter that moves changes at least one."""
     with torch.no_grad():
-        return {name: (float(p.double().sum()), float(p.double().square().sum()))
-                for name, p in model.named_parameters() if p.requires_grad}
+        return {leaf.name: (float(leaf.local.double().sum()), float(leaf.local.double().square().sum())) for leaf in leaves}
 
 
-def check_moved(before: Mapping[str, tuple[float, float]], model: nn.Module, *, step: int) -> None:
-    """Raise NumericError naming the trained parameters that are what they were."""
-    still = [name for name, sums in fingerprint(model).items() if before.get(name) == sums]
+def check_moved(before: Mapping[str, tuple[float, float]], leaves: Sequence[Leaf], world: World, *, step: int) -> None:
+    """Raise NumericError naming the trained parameters that are what they were, in every process that has a part."""
+    now = fingerprint(leaves)
+    moved = world.add(torch.tensor([float(before.get(leaf.name) != now[leaf.name]) for leaf in leaves]), ("dp", "cp", "tp"))
+    still = [leaf.name for leaf, moves in zip(leaves, moved.tolist(), strict=True) if not moves]
     if still:
         raise NumericError(
             _("{n} trained parameters have not moved: {names}").format(n=len(still), names=", ".join(still[:5])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ class Hooks:
     poll: Callable[[], None]                             # tells failures of saves under way
     sample: Callable[[], None]
     after_update: Callable[[], None]                     # averaged weights
+    beat: Callable[[int, str], None]                     # (step, what it does now) for the watchdog
 
 
 def _warm(plan: Plan) -> int:
@@ -139,16 +141,19 @@ class Loop:
         """
         plan, progress, clock = self.plan, self.progress, _Clock()
         moved_at = min(plan.total, _warm(plan) + guards.MOVED_AFTER)
-        before = guards.fingerprint(self.engine.model)
+        before = guards.fingerprint(self.engine.leaves)
+        self.engine.asked = lambda: bool(asked.signal)
         if progress.step == 0:
             self.evaluate()
         while progress.step < plan.total:
+            self.hooks.beat(progress.step, "data")
             batch, position = next(feed)
+            self.hooks.beat(progress.step, "step")
             losses, loss, lr, norm = self.step(batch, recorded)
             progress.step, progress.position = progress.step + 1, position
-            clock.step(int(batch["ids"].numel()))
+            clock.step(int(batch["ids"].numel()) * self.engine.layout.dp)
             if progress.step == moved_at and not self.guard.skipped:
-                guards.check_moved(before, self.engine.model, step=progress.step)
+                guards.check_moved(before, self.engine.leaves, self.engine.world, step=progress.step)
             if progress.step % plan.log == 0 or progress.step == plan.total or self.guard.reason:
                 self.metrics.write(progress.step, self.values(losses, loss, lr, norm, clock))
             self.hooks.poll()
@@ -156,21 +161,20 @@ class Loop:
             self.live.show(self.line(loss, lr, norm, clock), force=patience_ended or progress.step == plan.total)
             if patience_ended:
                 break
-            if asked.signal:
+            if asked.signal if self.engine.world.size == 1 else self.engine.stopping:
                 self.live.end()
                 self.hooks.save(progress, True)
                 raise Stopped(_("stopped by a signal at step {step}; the same command goes on from there").format(
-                    step=progress.step), signal=asked.signal)
+                    step=progress.step), signal=asked.signal or signal.SIGTERM)
         self.live.end()
         return progress
 
     def step(self, batch: Batch, recorded: dict[int, str]) -> tuple[Tensor, float, float, float]:
         """Make one update if the guard allows it; return [terms] losses, their weighted sum, the rate and the norm."""
         engine, number = self.engine, self.progress.step
-        counts = engine.objective.count(batch)
-        guards.check_counts(counts, step=number)
         fault("train.step")
         losses = engine.forward_backward(batch, step=number)
+        guards.check_counts(engine.counts, step=number)
         if fault("loss") == "scale50":
             losses = losses * 50
         loss = float((losses * engine.scales).sum())
@@ -178,7 +182,7 @@ class Loop:
         lr = self.plan.lr * self.plan.schedule.at(number, self.plan.total)
         norm = self.update(batch, loss, lr)
         self.hooks.after_update()
-        self.progress.tokens += int(counts[0])
+        self.progress.tokens += int(engine.counts[0])
         self.progress.history, self.progress.skipped = list(self.guard.history), self.guard.skipped
         return losses, loss, lr, norm
 
@@ -189,8 +193,9 @@ class Loop:
             norm = self.engine.update(self.optimizer, lr, allow=lambda n: self.guard.allow(loss, n, step=step, scaler=scaler))
         except NumericError:
             dumped = {name: column.tolist() for name, column in batch.items()}
-            files.write_json(self.out / "failed-batch.json", {"step": step, "batch": dumped})
-            say(_("the batch is in {file}").format(file=self.out / "failed-batch.json"))
+            rank = f"-{self.engine.world.rank}" if self.engine.world.size > 1 else ""
+            files.write_json(self.out / f"failed-batch{rank}.json", {"step": step, "batch": dumped})
+            say(_("the batch is in {file}").format(file=self.out / f"failed-batch{rank}.json"))
             raise
         if self.guard.reason:
             say(_("step {step}: update skipped: {why}").format(step=step, why=self.guard.reason))
@@ -200,6 +205,7 @@ class Loop:
         """Sample, evaluate and save where it is time; return whether patience has ended."""
         plan, progress = self.plan, self.progress
         if _due(progress.step, plan.sample, plan.total):
+            self.hooks.beat(progress.step, "sample")
             self.hooks.sample()
         if (_due(progress.step, plan.evaluate, plan.total) or progress.step == plan.total) and self.evaluate():
             say(_("stopped early at step {step}: {metric} has not fallen for {n} evaluations").format(
@@ -207,6 +213,7 @@ class Loop:
             return True
         best = plan.best and progress.best_step == progress.step
         if _due(progress.step, plan.save, plan.total) or (best and progress.step < plan.total):
+            self.hooks.beat(progress.step, "save")
             self.hooks.save(progress, False)
         return False
 

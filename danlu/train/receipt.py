@@ -12,6 +12,7 @@ import torch
 
 import danlu
 from danlu import config, files
+from danlu.parallel import launched
 from danlu.train.recipe import Run
 from danlu.words import _
 
@@ -29,7 +30,7 @@ def machine() -> dict[str, Any]:
     """Return what makes results repeat to the bit: versions, device, threads."""
     cuda = torch.cuda.is_available()
     return {"danlu": danlu.__version__, "code": code(), "torch": torch.__version__, "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if cuda else platform.machine(), "world_size": 1,
+            "device": torch.cuda.get_device_name() if cuda else platform.machine(), "world_size": launched(),
             "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 

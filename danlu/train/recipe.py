@@ -53,6 +53,8 @@ class Guard(Model):
     max_skips: int = Field(3, ge=0, description="Updates in a row that may be skipped for bad numbers before the run stops.")
     spike: float = Field(6.0, gt=0, description="Skip an update whose loss lies this many deviations above its history.")
     overlap: float = Field(0.0, ge=0, le=1, description="Share of evaluation documents that may stand in the training data.")
+    hang: float = Field(600.0, ge=0, allow_inf_nan=False, description="Seconds without a step after which a run counts as hung: "
+                        "stacks are written down, and it ends with exit code 75; 0 = never.")
     reload: bool = Field(True, description="Save, reload and compare before the first step.")
 
 
@@ -79,7 +81,8 @@ class Run(Model):
     epochs: float | None = Field(None, gt=0, allow_inf_nan=False, description="… or passes over the data.")
     rows: int | None = Field(None, gt=0, description="Rows per step, over all micro-batches …")
     tokens: int | None = Field(None, gt=0, description="… or tokens per step.")
-    micro_rows: int | None = Field(None, gt=0, description="… or rows per micro-batch, times layout.micro.")
+    micro_rows: int | None = Field(None, gt=0, description="… or rows per micro-batch of one process, "
+                                   "times layout.micro and layout.dp.")
     length: int = Field(gt=0, description="Tokens in a row.")
     pack: bool = Field(True, description="Fill rows with several documents, isolated from each other.")
     overlong: Literal["error", "split", "drop", "cut"] = Field(
@@ -122,9 +125,19 @@ class Run(Model):
         if self.model is not None and self.length > self.model.context:
             problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
                             .format(length=self.length, context=self.model.context))
+        layout = self.layout
+        if self.every.sample and (layout.pp > 1 or layout.cp > 1 or layout.sequence):
+            problems.append(_("samples are written by processes that see whole rows through all blocks; set every.sample=0 with "
+                              "layout.pp, layout.cp or layout.sequence"))
+        if layout.local is not None:
+            wrong = [name for name in ("evaluate", "save") if getattr(self.every, name) % layout.local.steps]
+            if wrong:
+                problems.append(_("replicas are equal only every layout.local.steps={n} steps; make every.{name} a multiple")
+                                .format(n=layout.local.steps, name=wrong[0]))
         if not problems:
             try:
-                self.layout.check(self.step_rows)
+                layout.check(self.step_rows, length=self.length, optimizer=self.optim.kind,
+                             model=None if self.model is None else self.model.model_dump())
             except ValueError as error:
                 problems.append(str(error))
         if problems:
@@ -141,8 +154,13 @@ class Run(Model):
     def step_rows(self) -> int:
         """Rows per step."""
         if self.micro_rows is not None:
-            return self.micro_rows * self.layout.micro
+            return self.micro_rows * self.layout.micro * self.layout.dp
         return self.rows if self.rows is not None else max(1, (self.tokens or 0) // self.length)
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a micro-batch of one process."""
+        return max(1, self.step_rows // self.layout.dp // self.layout.micro)
 
     ALIASES: ClassVar[Mapping[str, str | Callable[[Any], dict[str, Any]]]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from danlu import files, parallel, report
 from danlu.errors import ConfigError
 from danlu.evaluate.loss import Loss, measure, predicted_bytes
 from danlu.generate import generate
-from danlu.log import Metrics, say
+from danlu.log import Metrics, say, silence
 from danlu.models.decoder import DecoderModel
+from danlu.nn import placed
 from danlu.train import checkpoint, receipt
 from danlu.train.feed import Steps, batches, stream, watched
 from danlu.train.loop import Hooks, Loop
@@ -21,6 +23,7 @@ from danlu.train.recipe import Run
 from danlu.train.saver import Saver, check_reload
 from danlu.train.setup import Data, Work, assemble, begin, make_model, open_data, resume, settle
 from danlu.train.signals import listening
+from danlu.train.watchdog import Watchdog
 from danlu.words import _
 
 AT_ONCE = 8192                                           # tokens of a batch that is only measured, at least
@@ -36,62 +39,75 @@ def train(run: Run) -> Path:
         report.require()
     if run.start is not None:
         run = run.model_copy(update={"start": checkpoint.chosen(run.start)})
-    device = parallel.start(threads=run.threads, device=run.device)
+    world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device))
+    silence(not world.main)
     data = open_data(run)
-    checkpoint.sweep(run.out)
-    found = checkpoint.newest(run.out) if run.resume else None
-    run, choice = settle(run, data, device, found)
-    model = make_model(run, choice, device)
-    work = assemble(run, data, model, device)
-    metrics = Metrics(run.out, trackers=run.trackers)
+    found = checkpoint.agreed(run.out, world) if run.resume else None
+    run, choice = settle(run, data, world, found)
+    work = assemble(run, data, make_model(run, choice, world))
+    metrics = Metrics(run.out, trackers=run.trackers, writes=world.main)
     if found is not None:
         resume(run, work, found, data)
     recorded = metrics.rewind(work.progress.step)
     begin(run, work, data, choice)
     if found is None and run.guard.reload:
         check_reload(run, work, data, choice)
-    with listening() as asked, watched():
+    watchdog = Watchdog(run.out, run.guard.hang, world)
+    with listening() as asked, watched(), watchdog:
         steps = Steps(work.rows, run.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
-                      seed=run.seed, position=work.progress.position)
+                      seed=run.seed, position=work.progress.position, share=(world.index("dp"), run.layout.dp))
         feed = batches(steps, workers=run.workers)
         saver = Saver(run, work, data, choice, last=found)
         try:
-            loop = Loop(work.engine, work.optimizer, work.plan, hooks(run, work, data, saver), work.guard, work.progress,
-                        metrics, run.out)
+            loop = Loop(work.engine, work.optimizer, work.plan, hooks(run, work, data, saver, watchdog), work.guard,
+                        work.progress, metrics, run.out)
             loop.fit(feed, recorded=recorded if receipt.same_machine(found, run) else {}, asked=asked)
+            watchdog.beat(work.progress.step, "save")
             last = saver.finish(work.progress)
         finally:
             saver.writer.wait()
             metrics.close()
-    receipt.finish(run.out, work.progress.evaluation | {"steps": work.progress.step, "tokens": work.progress.tokens})
-    if run.report:
+    if world.main:
+        receipt.finish(run.out, work.progress.evaluation | {"steps": work.progress.step, "tokens": work.progress.tokens})
+    if run.report and world.main:
         say(_("report: {file}").format(file=report.write(run.out)))
+    parallel.leave()
     return last
 
 
-def held_out(run: Run, work: Work, data: Data) -> Loss | None:
-    """Return the loss on all held-out rows, in stored order, with masks that never change."""
+def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Loss | None:
+    """Return the loss on all held-out rows, in stored order, with masks that never change; `alive` is called on the way."""
     if not data.held_out:
         return None
     parts = []
     for shards in data.held_out:
         rows = stream(shards, run.objective, length=run.length, overlong=run.overlong,
                       pack=run.pack and run.objective.packs, seed=None)
-        number = rows.rows(0)
-        at_once = max(1, run.step_rows // run.layout.micro, AT_ONCE // run.length)
-        steps = Steps(rows, run.objective, data.tokenizer.special, per_step=min(number, at_once), length=run.length,
-                      seed=0, position=rows.begin(), rows_in_all=number)
-        parts.append(measure(work.model, run.objective, (work.engine.to_device(b) for b, _after in steps),
-                             work.engine.sums,
-                             bytes=predicted_bytes(shards, data.tokenizer) if rows.counts["tokens_lost"] == 0 else 0))
+        number, engine, layout = rows.rows(0), work.engine, run.layout
+        alone = engine.world.size == 1
+        at_once = max(1, run.part_rows, AT_ONCE // run.length) if layout.pp == 1 else run.part_rows * layout.micro
+        steps = Steps(rows, run.objective, data.tokenizer.special, length=run.length, seed=0, position=rows.begin(),
+                      per_step=min(number, at_once) if alone else at_once * layout.dp, rows_in_all=number,
+                      share=(engine.world.index("dp"), layout.dp), fill=not alone)
+        given = ((alive(), engine.to_device(batch))[1] for batch, _after in steps)
+        measured = measure(work.model, run.objective, given, engine.sums,
+                           bytes=predicted_bytes(shards, data.tokenizer) if rows.counts["tokens_lost"] == 0 else 0)
+        parts.append(replace(measured, sums=engine.total(measured.sums), counts=engine.world.add(measured.counts, ("dp", "cp"))))
     return Loss(parts[0].terms, parts[0].scales, torch.cat([p.sums for p in parts]), torch.cat([p.counts for p in parts]),
                 sum(p.bytes for p in parts) if all(p.bytes for p in parts) else 0)
 
 
-def hooks(run: Run, work: Work, data: Data, saver: Saver) -> Hooks:
+def hooks(run: Run, work: Work, data: Data, saver: Saver, watchdog: Watchdog) -> Hooks:
     """Return what the loop calls out for."""
-    return Hooks(measure=lambda: averaged(work, lambda: held_out(run, work, data)), save=saver.save, saved=saver.age,
-                 poll=saver.poll, sample=lambda: averaged(work, lambda: show_sample(run, work, data)),
+    started = work.progress.step
+
+    def beat(step: int, phase: str) -> None:
+        if step > started:                               # the limit before the first step, which may compile, is another
+            watchdog.beat(step, phase)
+
+    return Hooks(measure=lambda: averaged(work, lambda: held_out(run, work, data, lambda: beat(work.progress.step, "evaluate"))),
+                 save=saver.save, saved=saver.age, poll=saver.poll, beat=beat,
+                 sample=lambda: averaged(work, lambda: show_sample(run, work, data)),
                  after_update=lambda: average(work, run.ema))
 
 
@@ -100,30 +116,35 @@ def average(work: Work, decay: float | None) -> None:
     if work.ema is not None and decay is not None:
         now = work.model.state_dict()
         names = [n for n, t in work.ema.items() if t.is_floating_point()]
-        torch._foreach_lerp_([work.ema[n] for n in names], [now[n].detach() for n in names], 1 - decay)
+        torch._foreach_lerp_([work.ema[n] for n in names], [placed.local(now[n]) for n in names], 1 - decay)
 
 
 def averaged(work: Work, do: Callable[[], Any]) -> Any:
     """Return `do()` computed with the averaged weights where there are any."""
     if work.ema is None:
         return do()
-    now = {n: t.detach().clone() for n, t in work.model.state_dict().items()}
-    work.model.load_state_dict(work.ema)
+    held = {n: placed.local(t) for n, t in work.model.state_dict().items()}
+    now = {n: t.clone() for n, t in held.items()}
     try:
+        for name, tensor in held.items():
+            tensor.copy_(work.ema[name])
         return do()
     finally:
-        work.model.load_state_dict(now)
+        for name, tensor in held.items():
+            tensor.copy_(now[name])
 
 
 def show_sample(run: Run, work: Work, data: Data, most: int = 48) -> None:
     """Print a short text that the model writes, and keep it in samples.jsonl."""
-    if not isinstance(work.model, DecoderModel) or not data.held_out or run.length < 2:
+    model = work.model.whole
+    if not isinstance(model, DecoderModel) or not data.held_out or run.length < 2:
         return
     prompt = data.held_out[0].document(0).ids[: min(8, run.length // 2)].tolist()
     work.model.eval()
-    out = list(generate(work.model, prompt, max_new_tokens=min(most, run.length - len(prompt)), temperature=0.8, top_k=50,
+    out = list(generate(model, prompt, max_new_tokens=min(most, run.length - len(prompt)), temperature=0.8, top_k=50,
                         eos=data.tokenizer.special.eos, seed=work.progress.step))
     work.model.train()
     text = data.tokenizer.decode([*prompt, *out])
-    files.append_line(run.out / "samples.jsonl", {"step": work.progress.step, "text": text})
+    if work.engine.world.main:
+        files.append_line(run.out / "samples.jsonl", {"step": work.progress.step, "text": text})
     say(_("sample: {text}").format(text=repr(text)))

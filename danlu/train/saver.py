@@ -10,8 +10,8 @@ import torch
 from danlu import config
 from danlu.errors import NumericError, ResourceError
 from danlu.log import duration, say
-from danlu.models.build import build
 from danlu.nn import paths
+from danlu.parallel.place import place
 from danlu.train import checkpoint, receipt
 from danlu.train.feed import Steps
 from danlu.train.loop import Progress
@@ -26,7 +26,7 @@ class Saver:
 
     def __init__(self, run: Run, work: Work, data: Data, choice: paths.Choice, *, last: Path | None = None) -> None:
         self.run, self.work, self.data, self.choice = run, work, data, choice
-        self.writer = checkpoint.Writer(run.out, done=self.written)
+        self.writer = checkpoint.Writer(run.out, done=self.written, group=work.engine.world.saving)
         self.at: float | None = None
         self.last = last
         self.lost: str | None = None
@@ -52,6 +52,8 @@ class Saver:
 
     def written(self, path: Path) -> None:
         self.last, self.at = path, time.monotonic()
+        if not self.work.engine.world.main:
+            return
         best = self.work.progress.best_step
         checkpoint.prune(self.run.out, keep=self.run.every.keep,
                          best=self.run.out / f"checkpoint-{best}" if best is not None else None)
@@ -87,19 +89,18 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     saver = Saver(run, work, data, choice)
     saver.finish(work.progress)
     assert saver.last is not None
-    batch, _after = next(iter(Steps(work.rows, run.objective, data.tokenizer.special, per_step=1, length=run.length,
-                                    seed=run.seed, position=work.progress.position)))
-    batch = work.engine.to_device(batch)
+    engine, world = work.engine, work.engine.world
+    batch, _after = next(iter(Steps(work.rows, run.objective, data.tokenizer.special, length=run.length, seed=run.seed,
+                                    per_step=1 if world.size == 1 else run.step_rows, position=work.progress.position,
+                                    share=(world.index("dp"), run.layout.dp))))
+    batch = engine.to_device(batch)
     work.model.eval()
     with torch.no_grad():
-        before = work.engine.sums(batch)
-        fresh = build(run.network)
-        fresh.to_empty(device=work.engine.device)
+        before = engine.total(engine.sums(batch))
+        fresh = place(run.network, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows)
         checkpoint.load(saver.last, fresh)
-        fresh.use(choice)
-        fresh.eval()
-        other = Engine(fresh, run.objective, device=work.engine.device, precision=run.precision, micro=1, clip=None, seed=0)
-        after = other.sums(batch)
+        other = Engine(fresh.use(choice).eval(), run.objective, precision=run.precision, clip=None, seed=0)
+        after = other.total(other.sums(batch))
     work.model.train()
     if not torch.allclose(before, after, rtol=1e-5, atol=0):
         raise NumericError(_("the first checkpoint does not reload to the same loss: {a} saved, {b} reloaded").format(

@@ -15,11 +15,13 @@ from danlu import chance, config, files, parallel
 from danlu.data.shards import Shards, read_manifest
 from danlu.data.stream import Mixed, Stream
 from danlu.data.tokenizer import Tokenizer
-from danlu.errors import IncompatibleError
+from danlu.errors import ConfigError, IncompatibleError
 from danlu.log import count, say
 from danlu.models import weights
-from danlu.models.build import Network, build
-from danlu.nn import paths
+from danlu.models.build import build
+from danlu.nn import paths, placed
+from danlu.parallel import World
+from danlu.parallel.place import Placed, place
 from danlu.train import checkpoint, guard, receipt
 from danlu.train.feed import stream
 from danlu.train.loop import Plan, Progress
@@ -70,7 +72,7 @@ def open_data(run: Run) -> Data:
                 files.digest([s.fingerprint for s in train]), tuple(s.weight for s in run.data))
 
 
-def settle(run: Run, data: Data, device: torch.device, found: Path | None) -> tuple[Run, paths.Choice]:
+def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run, paths.Choice]:
     """Fill in what the recipe leaves to the data and the machine; a resumed run takes what it had before."""
     special = data.tokenizer.special
     changes: dict[str, Any] = {}
@@ -88,37 +90,40 @@ def settle(run: Run, data: Data, device: torch.device, found: Path | None) -> tu
             _("the tokenizer has {n} ids and the model {m}").format(n=max(special.size, top + 1), m=model.vocab),
             fix=_("set model.vocab={n}, or use the tokenizer the model was trained with").format(n=special.size))
     before = files.read_json(found / "manifest.json") if found else {}
-    if run.precision == "auto":
-        changes["precision"] = before.get("precision") or parallel.fastest(device)
+    if run.precision == "auto":                          # measured, so that processes might not agree: the first decides
+        names = list(parallel.DTYPES)
+        measured = world.tell(names.index(parallel.fastest(world.device)) if world.main else 0)
+        changes["precision"] = before.get("precision") or names[measured]
     run = run.model_copy(update=changes)
+    try:
+        run.layout.check(run.step_rows, length=run.length, model=model.model_dump(), optimizer=run.optim.kind)
+    except ValueError as error:
+        raise ConfigError(str(error), where="layout") from None
     if before.get("choice"):
         return run, paths.Choice.restore(before["choice"])
     dtype, causal = parallel.DTYPES[run.precision], model.kind == "decoder"
     if run.paths == "rule":
-        return run, paths.rule(device, dtype, run.length, causal=causal)
-    shape = (max(1, run.step_rows // run.layout.micro), model.heads, run.length, model.width // model.heads)
-    return run, paths.choose(device, dtype, shape, causal=causal)
+        return run, paths.rule(world.device, dtype, run.length, causal=causal)
+    shape = (run.part_rows, model.heads, run.length, model.width // model.heads)
+    return run, paths.choose(world.device, dtype, shape, causal=causal)
 
 
-def make_model(run: Run, choice: paths.Choice, device: torch.device) -> Network:
-    """Return the model with its first weights: random by the seed, or those of `start`."""
+def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
+    """Return this process's part of the model, with its first weights: random by the seed, or those of `start`."""
+    placed = place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, compile=run.compile,
+                   length=run.length, rows=run.part_rows)
     if run.start is not None:
-        model = weights.load(run.start, device=device, heads=run.objective.heads)
+        weights.fill(dict(placed.named_parameters()), run.network, run.start)
     else:
-        model = build(run.network)
-        model.to_empty(device=device)
-        model.init(run.seed)
-    model.use(choice)
-    model.train()
-    parallel.shard(model, recompute=run.recompute, compile=run.compile)
-    return model
+        placed.init(run.seed)
+    return placed.use(choice).train().begin()
 
 
 @dataclass
 class Work:
     """A run in the making: what the loop needs, and how far it is."""
 
-    model: Network
+    model: Placed
     engine: Engine
     optimizer: Optimizer
     ema: dict[str, Tensor] | None
@@ -128,11 +133,10 @@ class Work:
     progress: Progress
 
 
-def assemble(run: Run, data: Data, model: Network, device: torch.device) -> Work:
+def assemble(run: Run, data: Data, model: Placed) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
-    engine = Engine(model, run.objective, device=device, precision=run.precision, micro=run.layout.micro,
-                    clip=run.clip, seed=run.seed)
-    optimizer = run.optim.build((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    engine = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
+    optimizer = run.optim.build((leaf.name, leaf.local) for leaf in engine.leaves)
     streams = [stream(s, run.objective, length=run.length, overlong=run.overlong, pack=run.pack and run.objective.packs,
                       seed=chance.torch_seed(run.seed, "order", (i,))) for i, s in enumerate(data.train)]
     for source, part in zip(run.data, streams, strict=True):
@@ -144,9 +148,9 @@ def assemble(run: Run, data: Data, model: Network, device: torch.device) -> Work
     plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
                 save=every.save, sample=every.sample, best=every.best, patience=run.stop.patience if run.stop else None,
                 min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.stop.metric if run.stop else "eval/loss",
-                flops=model.flops(run.length) * run.step_rows * run.length,
-                peak=parallel.peak(device, run.precision))
-    ema = {n: p.detach().clone() for n, p in model.state_dict().items()} if run.ema else None
+                flops=model.whole.flops(run.length) * run.step_rows * run.length,
+                peak=parallel.peak(engine.device, run.precision) * engine.world.size)
+    ema = {n: placed.local(p).clone() for n, p in model.state_dict().items()} if run.ema else None
     watch = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike)
     return Work(model, engine, optimizer, ema, rows, plan, watch, Progress(position=rows.begin()))
 
@@ -179,10 +183,12 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
 
 def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
     """Write the receipt, say the plan, and look for evaluation rows in the training data."""
-    parameters = sum(p.numel() for p in work.model.parameters())
+    parameters = sum(p.numel() for p in build(run.network).parameters())
     shared = {}
     for shards in data.held_out:
         shared[str(shards.folder / shards.split)] = guard.check_overlap(data.train, shards, share=run.guard.overlap)
+    if not work.engine.world.main:
+        return
     receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.held_out)], tokenizer=data.tokenizer.sha256,
                   parameters=parameters, choice=choice.record(), audit={"overlap": shared, "rows": work.rows.counts})
     say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "

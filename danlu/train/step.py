@@ -1,72 +1,135 @@
 """The engine: rows to gradients, gradients to a step.  The only code that knows how a step is cut up.
 
-Sums and counts come from the objective; the one division, by the count of the whole step, is here, so that any split
-of the same rows gives the same loss and gradient.
+Sums and counts come from the objective; the one division, by the count of the whole step over all processes, is here, so
+that any split of the same rows gives the same loss and gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from danlu import chance
 from danlu.fault import fault
+from danlu.nn import placed as tensors
 from danlu.objectives.protocol import Batch, Objective
-from danlu.parallel import autocast
+from danlu.parallel import autocast, context
+from danlu.parallel.place import Placed
 
 
 class Engine:
-    """One process, one device, `micro` micro-batches a step."""
+    """This process's part in every step: `layout.micro` micro-batches of its rows."""
 
-    def __init__(self, model: nn.Module, objective: Objective, *, device: torch.device, precision: str, micro: int,
-                 clip: float | None, seed: int) -> None:
-        self.model, self.objective, self.device, self.precision = model, objective, device, precision
-        self.micro, self.clip, self.seed = micro, clip, seed
-        self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, placed: Placed, objective: Objective, *, precision: str, clip: float | None, seed: int) -> None:
+        self.placed, self.objective, self.precision, self.clip, self.seed = placed, objective, precision, clip, seed
+        self.world, self.layout = placed.world, placed.world.layout
+        self.device = self.world.device
+        self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+        self.leaves = placed.leaves()
         self.scales = torch.tensor(objective.scales, dtype=torch.float64)
+        self.counts = torch.zeros(len(self.scales), dtype=torch.float64)     # [terms] of the last step, over all processes
+        self.asked: Callable[[], bool] = lambda: False   # whether this process was asked to stop …
+        self.stopping = False                            # … and whether any was, as of the last step
+        partial = set(placed.partial())
+        self._partial = [leaf for leaf in self.leaves if leaf.name in partial]
+        self._tied = [leaf for leaf in self.leaves if leaf.name in placed.tied and self.world.ends is not None]
+        copies = self.layout.dp * self.layout.cp
+        # DDP and FSDP average over these processes, and the division by the count has been made already
+        self._averaged = 1 if self.layout.local is not None else copies
 
     def to_device(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the batch where the model is."""
-        if self.device.type == "cpu":
-            return dict(batch)
-        return {name: column.to(self.device, non_blocking=True) for name, column in batch.items()}
+        """Return the batch where the model is, with the tokens that are this process's."""
+        if self.device.type != "cpu":
+            batch = {name: column.to(self.device, non_blocking=True) for name, column in batch.items()}
+        return dict(context.cut(batch, self.placed.span, first=self.world.index("cp") == 0))
 
     def sums(self, batch: Batch) -> Tensor:
-        """Return [terms] sums of the losses of `batch` (forward only, under the current grad mode)."""
+        """Return [terms] sums of the losses of this process's `batch` (forward only, under the current grad mode).
+
+        In a pipeline they are 0 but in the last stage.
+        """
+        if self.placed.pipe is not None:
+            return self.placed.pipe.run(dict(batch), None)
         with autocast(self.precision, self.device):
-            out = self.model(**{name: batch[name] for name in self.objective.inputs if name in batch})
+            out = self.placed.call(**{name: batch[name] for name in self.objective.inputs if name in batch})
         return self.objective.loss(out, batch)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return sums of this process's rows, of any shape, summed over all processes: each row and each token once."""
+        return self.world.add(sums.double().cpu(), ("pp", "dp", "cp"))
 
     def forward_backward(self, batch: Batch, *, step: int) -> Tensor:
         """Add the gradient of the step's mean loss to `.grad`; return [terms] mean losses, float64 on the CPU.
 
-        A term that nothing counts for (no pair in the batch, say) is 0 and adds nothing.
+        batch: this process's rows.  A term that nothing counts for (no pair in the batch, say) is 0 and adds nothing.
         """
         batch = self.to_device(batch)
-        counts = self.objective.count(batch).double().clamp(min=1e-12).cpu()
-        weights = (self.scales / counts).to(self.device)
-        size = batch["ids"].shape[0] // self.micro
+        own = self.objective.count(batch).double().cpu()
+        self.counts = self._agree(own)
+        counts = self.counts.clamp(min=1e-12)
+        divisor = counts if self.layout.local is None else own.clamp(min=1e-12)
+        weights = (self.scales / divisor * self._averaged).to(self.device)
+        if self.placed.pipe is not None:
+            self._seed(step, 0)
+            sums = self.placed.pipe.run(batch, self._scaled(weights))
+        else:
+            sums = self._micro_batches(batch, weights, step)
+        return self.total(sums) / counts
+
+    def _agree(self, counts: Tensor) -> Tensor:
+        """Return the counts of all processes together; tell each other who was asked to stop by the same message."""
+        if self.world.size == 1:
+            self.stopping = self.asked()
+            return counts
+        told = self.world.add(torch.cat((counts, torch.tensor([float(self.asked())], dtype=torch.float64))), ("dp", "cp"))
+        if self.layout.pp * self.layout.tp > 1:
+            self.stopping = self.world.any(self.asked())
+        else:
+            self.stopping = bool(told[-1])
+        return told[:-1]
+
+    def _micro_batches(self, batch: Batch, weights: Tensor, step: int) -> Tensor:
+        micro = self.layout.micro
+        size = batch["ids"].shape[0] // micro
         total = torch.zeros(len(self.scales), dtype=torch.float64, device=self.device)
-        for number in range(self.micro):
-            part = batch if self.micro == 1 else {k: v[number * size : (number + 1) * size] for k, v in batch.items()}
-            torch.manual_seed(chance.torch_seed(self.seed, "dropout", (step, number)))
-            sums = self.sums(part)
-            loss = (sums * weights.to(sums.dtype)).sum()
-            (self.scaler.scale(loss) if self.scaler else loss).backward()
+        for number in range(micro):
+            part = batch if micro == 1 else {k: v[number * size : (number + 1) * size] for k, v in batch.items()}
+            self._seed(step, number)
+            with self.placed.exchanging(number == micro - 1):
+                sums = self.sums(part)
+                loss = (sums * weights.to(sums.dtype)).sum()
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
             total += sums.detach().double()
-        return total.cpu() / counts
+        return total
+
+    def _seed(self, step: int, number: int) -> None:
+        """Seed dropout: by the step and the micro-batch, and differently where other rows, tokens or blocks are."""
+        place = tuple(self.world.index(axis) for axis in ("dp", "cp", "pp"))
+        torch.manual_seed(chance.torch_seed(self.seed, "dropout", (step, number, *(place if any(place) else ()))))
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        return weights if self.scaler is None else self.scaler.scale(weights)
 
     def update(self, optimizer: Optimizer, lr: float, *, allow: Callable[[float], bool]) -> float:
-        """Clip, ask `allow(norm)`, step and clear the gradients; return the norm before clipping."""
+        """Clip, ask `allow(norm)`, step and clear the gradients; return the norm before clipping, over all processes."""
+        self.gather()
         if self.scaler:
             self.scaler.unscale_(optimizer)
         if fault("grad") == "nan":
-            self.parameters[0].grad.fill_(float("nan"))        # type: ignore[union-attr]
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf")))
+            self.leaves[0].local.grad.fill_(float("nan"))        # type: ignore[union-attr]
+        norm = self.norm()
+        if self.scaler and self.world.size > 1:              # each process looks at its own part: all must skip together
+            for found in self.scaler._found_inf_per_device(optimizer).values():
+                found.fill_(float(not math.isfinite(norm)))
+        if self.clip is not None and norm > 0:
+            share = min(1.0, self.clip / (norm + 1e-6))
+            torch._foreach_mul_([leaf.local.grad for leaf in self.leaves if leaf.local.grad is not None], share)    # type: ignore[arg-type]
         if allow(norm):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("scale", 1.0)
@@ -76,5 +139,37 @@ class Engine:
                 optimizer.step()
         if self.scaler:
             self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        for leaf in self.leaves:
+            leaf.param.grad = leaf.local.grad = None
         return norm
+
+    def gather(self) -> None:
+        """Give the optimizer's parameters this process's part of the gradients, complete."""
+        for leaf in self.leaves:
+            grad = leaf.param.grad
+            if leaf.local is not leaf.param and grad is not None:
+                if isinstance(grad, DTensor) and grad.placements != leaf.param.placements:      # of an embedding: all rows
+                    grad = grad.redistribute(placements=leaf.param.placements)
+                leaf.local.grad = tensors.local(grad)
+        if self._partial:
+            self._add([leaf.local for leaf in self._partial], "tp")
+        if self._tied and self.world.ends is not None:
+            for leaf in self._tied:
+                torch.distributed.all_reduce(leaf.local.grad, group=self.world.ends)
+
+    def _add(self, parameters: Sequence[Tensor], axis: str) -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = _flatten_dense_tensors(grads)
+        torch.distributed.all_reduce(flat, group=self.world.group(axis))
+        for grad, whole in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(whole)
+
+    def norm(self) -> float:
+        """Return the norm of the whole gradient: every element counts once, however many processes hold it."""
+        grads = [(leaf.local.grad, leaf.copies) for leaf in self.leaves if leaf.local.grad is not None and leaf.local.numel()]
+        norms = torch._foreach_norm([grad for grad, _copies in grads]) if grads else []
+        if self.world.size == 1:
+            return float(torch.linalg.vector_norm(torch.stack(norms)))
+        shares = [n.double().square() / copies for n, (_grad, copies) in zip(norms, grads, strict=True)]
+        total = torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64)
+        return float(self.world.add(total.reshape(1)).sqrt())

@@ -254,7 +254,7 @@ def test_what_is_written_is_readable_and_whole_or_absent(folder: Path, tmp_path:
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "a").iterdir()} == {0o640}
     with pytest.raises(ConfigError):
         weights.save(folder, weights.load(folder))
-    monkeypatch.setattr(weights.tensorfile, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(weights.tensorfile, "stream", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         weights.save(tmp_path / "b", weights.load(folder))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "m"]

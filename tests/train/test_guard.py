@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from danlu.errors import ConfigError, DataError, NumericError
+from danlu.parallel import World
+from danlu.parallel.place import Leaf
 from danlu.schedule import Cosine, Linear
 from danlu.train import guard
 from danlu.train.guard import Guard
@@ -83,18 +85,23 @@ def test_a_rate_that_never_leaves_zero_is_refused() -> None:
         guard.check_schedule(Dead(), 100)
 
 
+def alone_leaves(model: torch.nn.Module) -> list[Leaf]:
+    return [Leaf(name, p, p, 1) for name, p in model.named_parameters()]
+
+
 def test_parameters_that_do_not_move_are_named() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    before = guard.fingerprint(model)
+    leaves, world = alone_leaves(model), World()
+    before = guard.fingerprint(leaves)
     with torch.no_grad():
         model[0].weight.add_(0.1)
         model[0].bias.add_(0.1)
         model[1].weight.mul_(-1)                          # same square, other sum
     with pytest.raises(NumericError, match=r"1\.bias"):
-        guard.check_moved(before, model, step=10)
+        guard.check_moved(before, leaves, world, step=10)
     with torch.no_grad():
         model[1].bias.add_(1e-6)
-    guard.check_moved(before, model, step=10)
+    guard.check_moved(before, leaves, world, step=10)
 
 
 def test_a_resumed_step_must_repeat_the_recorded_loss_to_the_bit() -> None:

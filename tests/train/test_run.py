@@ -15,6 +15,7 @@ import danlu
 from danlu import config
 from danlu.data.shards import Shards
 from danlu.data.tokenizer import Tokenizer
+from danlu.parallel import World
 from danlu.train import checkpoint
 from danlu.train.recipe import Run
 from danlu.train.run import train
@@ -37,9 +38,9 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 def first_step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses and gradients of the first batch of a run."""
-    device, data = torch.device("cpu"), open_data(run)
-    run, choice = settle(run, data, device, None)
-    work = assemble(run, data, make_model(run, choice, device), device)
+    world, data = World(run.layout), open_data(run)
+    run, choice = settle(run, data, world, None)
+    work = assemble(run, data, make_model(run, choice, world))
     from danlu.train.feed import Steps
 
     batch, _after = next(iter(Steps(work.rows, run.objective, data.tokenizer.special, per_step=run.step_rows,
@@ -152,8 +153,8 @@ def test_a_mixture_takes_its_sources_by_weight(corpus: Path, tmp_path: Path) -> 
     run = recipe(corpus, tmp_path / "run", data=[{"path": str(corpus), "weight": 3}, {"path": str(corpus), "split": "val"}],
                  eval=[{"path": str(corpus), "split": "val"}], guard={"overlap": 1.0})
     data = open_data(run)
-    settled, choice = settle(run, data, torch.device("cpu"), None)
-    work = assemble(settled, data, make_model(settled, choice, torch.device("cpu")), torch.device("cpu"))
+    settled, choice = settle(run, data, World(), None)
+    work = assemble(settled, data, make_model(settled, choice, World()))
     plans = work.rows.plans(work.rows.begin())
     taken = [next(plans)[0].source for _row in range(1000)]
     assert taken.count(0) == 750 and taken.count(1) == 250

@@ -1,0 +1,164 @@
+"""Every layout against one process: the same rows, losses and gradients per parameter, in float64.
+
+Run by the tests as each of N processes; prints one JSON line for each case.  `python matrix.py CASE …` takes some of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from danlu import parallel
+from danlu.layout import Layout
+from danlu.models.build import Config, build
+from danlu.models.decoder import Decoder
+from danlu.models.encoder import Encoder
+from danlu.nn import placed
+from danlu.objectives.lm import CausalLM, MaskedLM
+from danlu.objectives.mixture import Mixture, Part
+from danlu.objectives.pairs import NextSentence
+from danlu.objectives.protocol import UNLEARNED, Objective
+from danlu.optim import AdamW
+from danlu.parallel.place import Placed, alone, place
+from danlu.parallel.world import meshed
+from danlu.train.step import Engine
+
+ROWS, LENGTH, VOCAB, STEPS = 16, 16, 64, 4
+CPU = torch.device("cpu")
+
+def case(**fields: Any) -> dict[str, Any]:
+    return fields
+
+
+FOUR = {
+    "ddp": case(dp=4), "ddp, micro": case(dp=4, micro=2), "fsdp": case(dp=4, shard="full", micro=2),
+    "fsdp grads": case(dp=4, shard="grads"), "hsdp": case(dp=4, shard="hybrid", group=2), "tp": case(tp=4, micro=2),
+    "tp+sp": case(tp=4, sequence=True), "cp": case(cp=4, micro=2), "cp fsdp": case(cp=2, dp=2, shard="full"),
+    "cp ddp": case(cp=2, dp=2), "pp 1f1b": case(pp=4, micro=4),
+    "pp interleaved": case(pp=2, dp=2, micro=4, pipeline="interleaved"),
+    "pp zero bubble": case(pp=2, dp=2, micro=4, pipeline="zero_bubble"), "pp uneven": case(pp=2, tp=2, micro=2, stages=(3, 1)),
+    "dp×tp": case(dp=2, tp=2), "fsdp×tp": case(dp=2, tp=2, shard="full", micro=2),
+    "fsdp×tp+sp": case(dp=2, tp=2, shard="full", sequence=True), "dp×pp": case(dp=2, pp=2, micro=4),
+    "fsdp×pp": case(dp=2, pp=2, micro=2, shard="full"), "tp×pp": case(tp=2, pp=2, micro=4),
+    "tp+sp×pp": case(tp=2, pp=2, micro=2, sequence=True), "cp×pp": case(cp=2, pp=2, micro=2), "cp×tp": case(cp=2, tp=2),
+}
+EIGHT = {
+    "dp×tp×pp": case(dp=2, tp=2, pp=2, micro=2), "cp×tp×pp": case(cp=2, tp=2, pp=2, micro=4),
+    "fsdp×tp+sp×pp": case(dp=2, tp=2, pp=2, micro=2, shard="full", sequence=True),
+    "hsdp×cp": case(dp=4, cp=2, shard="hybrid", group=4),
+}
+
+MODELS: dict[str, tuple[Config, Objective]] = {
+    "causal LM": (Decoder(family="qwen3", width=32, layers=4, heads=4, kv_heads=4, hidden=64, vocab=VOCAB, context=LENGTH),
+                  CausalLM(smoothing=0.1, z_loss=1e-3)),
+    "causal LM, tied": (Decoder(family="gpt2", width=32, layers=4, heads=4, vocab=VOCAB, context=LENGTH), CausalLM()),
+    "MLM+NSP": (Encoder(width=32, layers=4, heads=4, vocab=VOCAB, context=LENGTH, dropout=0.0, attention_dropout=0.0,
+                        outputs=("mlm", "nsp")),
+                Mixture(parts=(Part(objective=MaskedLM()), Part(objective=NextSentence(), weight=0.5)))),
+}
+
+
+def batch_of(step: int, encoder: bool) -> dict[str, Tensor]:
+    """Return rows of two documents and some padding, of which some tokens are learned."""
+    draw = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=draw)
+    border = torch.randint(4, 9, (ROWS, 1), generator=draw)
+    place = torch.arange(LENGTH)[None].expand(ROWS, LENGTH)
+    end = torch.randint(12, LENGTH + 1, (ROWS, 1), generator=draw)
+    weights = (torch.rand(ROWS, LENGTH, generator=draw) < (0.3 if encoder else 0.8)) & (place < end)
+    batch = {"ids": ids, "labels": torch.where(weights, torch.randint(0, VOCAB, (ROWS, LENGTH), generator=draw), UNLEARNED),
+             "weights": weights.double().float()}
+    if encoder:
+        segments = (place < end).int()
+        return batch | {"segments": segments, "positions": place.clone(), "types": (place >= border).long(),
+                        "nsp": torch.randint(0, 2, (ROWS,), generator=draw), "nsp_weights": torch.ones(ROWS)}
+    segments = torch.where(place < border, 1, 2).int() * (place < end).int()
+    return batch | {"segments": segments, "positions": torch.where(place < border, place, place - border)}
+
+
+def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
+    """Return (losses, norm, this process's gradients) of each step."""
+    engine = Engine(model, objective, precision="fp64", clip=0.5, seed=0)
+    optimizer = AdamW(lr=1e-2).build((leaf.name, leaf.local) for leaf in engine.leaves)
+    dp, index, made = engine.layout.dp, engine.world.index("dp"), []
+    for step in range(STEPS):
+        size = ROWS // dp
+        batch = {name: column[index * size : (index + 1) * size] for name, column in batch_of(step, encoder).items()}
+        losses = engine.forward_backward(batch, step=step)
+        grads: dict[str, Tensor] = {}
+
+        def look(norm: float, grads: dict[str, Tensor] = grads) -> bool:
+            share = min(1.0, 0.5 / (norm + 1e-6))
+            grads |= {leaf.name: leaf.local.grad / share for leaf in engine.leaves}     # type: ignore[operator]
+            return True
+
+        norm = engine.update(optimizer, 1e-2, allow=look)
+        made.append((losses, norm, grads))
+    return made
+
+
+@cache
+def expected_of(name: str) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
+    """Return what one process gives."""
+    cfg, objective = MODELS[name]
+    whole = build(cfg).to(torch.float64)
+    whole.to_empty(device="cpu")
+    whole.init(7)
+    return steps(alone(whole.train()), objective, cfg.kind == "encoder")
+
+
+def compare(name: str, layout: Layout) -> dict[str, Any]:
+    """Return the largest differences of a case from one process."""
+    cfg, objective = MODELS[name]
+    encoder, expected = cfg.kind == "encoder", expected_of(name)
+    world = meshed(layout, CPU)
+    model = place(cfg, world, objective, precision="fp64", length=LENGTH, rows=ROWS // layout.dp // layout.micro)
+    extents = {leaf.name: placed.extent(leaf.param) for leaf in model.leaves()}
+    found = steps(model.init(7).train().begin(), objective, encoder)
+    loss = max(float((a[0] - b[0]).abs().max()) for a, b in zip(found, expected, strict=True))
+    norm = max(abs(a[1] - b[1]) / b[1] for a, b in zip(found, expected, strict=True))
+    gradient, worst = 0.0, ""
+    for mine, theirs in zip(found, expected, strict=True):
+        for key, value in mine[2].items():
+            other = theirs[2][key]
+            # a gradient that is 0 but for rounding (of a key's bias: softmax does not see it) has no relative error
+            scale = max(float(other.abs().max()), 1e-9 * theirs[1])
+            difference = float((value - other[extents[key].slices]).abs().max()) / scale if value.numel() else 0.0
+            if difference >= gradient:
+                gradient, worst = difference, key
+    told = torch.tensor([loss, norm, gradient], dtype=torch.float64)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return {"loss": float(told[0]), "norm": float(told[1]), "gradient": float(told[2]), "worst": worst}
+
+
+def main() -> None:
+    """Run the cases of this number of processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    cases = FOUR if dist.get_world_size() == 4 else EIGHT
+    for model in MODELS:
+        for case, fields in cases.items():
+            if sys.argv[1:] and case not in sys.argv[1:]:
+                continue
+            layout = Layout(**fields)
+            layout.check(ROWS, length=LENGTH, model=MODELS[model][0].model_dump())
+            try:
+                result = compare(model, layout)
+            except Exception as error:
+                if os.environ.get("TRACE"):
+                    raise
+                result = {"error": f"{type(error).__name__}: {error}"[:300]}
+            if dist.get_rank() == 0 or "error" in result:
+                print(json.dumps({"model": model, "case": case, **result}), flush=True)
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main()
