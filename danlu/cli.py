@@ -38,6 +38,8 @@ def _verbs() -> dict[str, Verb]:
         "train": Verb("danlu.verbs.train", _("a recipe to a trained, verified model"), _recipe, recipe=True, starts=True),
         "launch": Verb("danlu.verbs.launch", _("the job file of a recipe for SLURM or Kubernetes"), _launch, recipe=True,
                        options=_launch_options),
+        "verify": Verb("danlu.verbs.verify", _("show that a layout changes nothing"), _verify, recipe=True,
+                       options=_verify_options, starts=True),
         "eval": Verb("danlu.evaluate.run", _("perplexity and bits per byte, with intervals"), _eval),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), _generate),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), _inspect),
@@ -218,6 +220,19 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", "--gpus_per_node", type=int,
                         help=_("processes, and GPUs, of one machine (default: 8, or fewer if the layout needs fewer)"))
     parser.add_argument("--image", default=f"danlu:{danlu.__version__}", help=_("container image, for k8s"))
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    _verify_options(parser)
+    _recipe(parser)
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["layout"], help=_("what to verify: layout = the recipe's layout against one process"))
+    parser.add_argument("--steps", type=int, default=4, help=_("steps to compare"))
+    parser.add_argument("--precision", default="fp64", choices=["fp64", "fp32"], help=_("arithmetic of both"))
+    parser.add_argument("--tolerance", type=float, help=_("largest relative difference allowed (default: 1e-6, in fp32 1e-3)"))
+    parser.add_argument("--against", type=Path, help=argparse.SUPPRESS)
 
 
 def _quickstart(parser: argparse.ArgumentParser) -> None:

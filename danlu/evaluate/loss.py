@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,8 +56,17 @@ def predicted_bytes(shards: Shards, tokenizer: Tokenizer) -> int:
     return total
 
 
+class Modal(Protocol):
+    """What can be in training mode or not: a module, or a process's part of one."""
+
+    @property
+    def training(self) -> bool: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
 @torch.no_grad()
-def measure(model: torch.nn.Module, objective: Objective, batches: Iterable[Batch],
+def measure(model: Modal, objective: Objective, batches: Iterable[Batch],
             sums: Callable[[Batch], Tensor], *, bytes: int = 0) -> Loss:
     """Return the loss of `model` over `batches` in evaluation mode; the mode before is put back.
 

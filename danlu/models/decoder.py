@@ -228,7 +228,7 @@ class DecoderModel(nn.Module):
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
-                cache: Cache | None = None, last: bool = False) -> dict[str, Any]:
+                cache: Cache | None = None, last: bool = False) -> Any:
         """Return {"logits" [B, T, V], "hidden" [B, T, D]}, or with labels [B, T] {"lm": Scores}.
 
         ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  `last`: only the last token's

@@ -201,7 +201,7 @@ class EncoderModel(nn.Module):
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None,
-                weights: Tensor | None = None) -> dict[str, Any]:
+                weights: Tensor | None = None) -> Any:
         """Return {"hidden" [B, T, D], "logits" [B, T, V], "pooled" [B, D], "nsp" [B, 2], "sop" [B, 2]}, what there is.
 
         With labels [B, T] there is {"mlm": Scores} in place of "hidden" and "logits": the head then reads only the N

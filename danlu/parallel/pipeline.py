@@ -121,9 +121,9 @@ class Pipe:
     def run(self, batch: dict[str, Tensor], weights: Tensor | None) -> Tensor:
         """Return [terms] sums of the batch (zeros outside of the last stage); with weights [terms], make the gradients, too."""
         self.sums = []
-        rest = {name: column for name, column in batch.items() if name != "ids"}
+        rest: dict[str, Any] = {name: column for name, column in batch.items() if name != "ids"}
         given = (batch["ids"],) if self.first else ()
-        target = {"target": batch["ids"][:, 0]} if self.last else {}
+        target: dict[str, Any] = {"target": batch["ids"][:, 0]} if self.last else {}
         if weights is not None:
             self.weights = weights
             self.schedule.step(*given, **target, **rest, return_outputs=False)

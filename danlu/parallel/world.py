@@ -70,6 +70,14 @@ class World:
                 tensor.copy_(held)
         return tensor
 
+    def most(self, tensor: Tensor) -> Tensor:
+        """Return the largest `tensor` of all processes, element by element, in place."""
+        if self.mesh is not None:
+            held = tensor.to(self.device)
+            dist.all_reduce(held, dist.ReduceOp.MAX)
+            tensor.copy_(held)
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""
         return bool(self.add(torch.tensor(float(flag))).item()) if self.mesh is not None else flag

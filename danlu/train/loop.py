@@ -25,6 +25,7 @@ from danlu.schedule import Schedule
 from danlu.train import guard as guards
 from danlu.train.feed import Fed
 from danlu.train.guard import Guard
+from danlu.train.outer import Outer
 from danlu.train.signals import Asked
 from danlu.train.step import Engine
 from danlu.words import _
@@ -132,6 +133,7 @@ class Loop:
     progress: Progress
     metrics: Metrics
     out: Path
+    outer: Outer | None = None                           # of replicas that step alone
     live: LiveLine = field(default_factory=LiveLine)
 
     def fit(self, feed: Iterator[Fed], *, recorded: dict[int, str], asked: Asked) -> Progress:
@@ -151,6 +153,8 @@ class Loop:
             self.hooks.beat(progress.step, "step")
             losses, loss, lr, norm = self.step(batch, recorded)
             progress.step, progress.position = progress.step + 1, position
+            if self.outer is not None and self.outer.due(progress.step, plan.total, self.engine.stopping):
+                self.outer.meet(self.optimizer)
             clock.step(int(batch["ids"].numel()) * self.engine.layout.dp)
             if progress.step == moved_at and not self.guard.skipped:
                 guards.check_moved(before, self.engine.leaves, self.engine.world, step=progress.step)

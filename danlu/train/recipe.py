@@ -130,6 +130,8 @@ class Run(Model):
             problems.append(_("samples are written by processes that see whole rows through all blocks; set every.sample=0 with "
                               "layout.pp, layout.cp or layout.sequence"))
         if layout.local is not None:
+            if self.ema is not None:
+                problems.append(_("ema averages one model, and layout.local trains several; leave one of them out"))
             wrong = [name for name in ("evaluate", "save") if getattr(self.every, name) % layout.local.steps]
             if wrong:
                 problems.append(_("replicas are equal only every layout.local.steps={n} steps; make every.{name} a multiple")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from danlu.generate import generate
 from danlu.log import Metrics, say, silence
 from danlu.models.decoder import DecoderModel
 from danlu.nn import placed
+from danlu.objectives.protocol import Batch
 from danlu.train import checkpoint, receipt
 from danlu.train.feed import Steps, batches, stream, watched
 from danlu.train.loop import Hooks, Loop
+from danlu.train.outer import Outer
 from danlu.train.recipe import Run
 from danlu.train.saver import Saver, check_reload
 from danlu.train.setup import Data, Work, assemble, begin, make_model, open_data, resume, settle
@@ -60,7 +62,8 @@ def train(run: Run) -> Path:
         saver = Saver(run, work, data, choice, last=found)
         try:
             loop = Loop(work.engine, work.optimizer, work.plan, hooks(run, work, data, saver, watchdog), work.guard,
-                        work.progress, metrics, run.out)
+                        work.progress, metrics, run.out,
+                        outer=Outer(run.layout.local, work.engine.leaves, world) if run.layout.local is not None else None)
             loop.fit(feed, recorded=recorded if receipt.same_machine(found, run) else {}, asked=asked)
             watchdog.beat(work.progress.step, "save")
             last = saver.finish(work.progress)
@@ -89,12 +92,17 @@ def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Los
         steps = Steps(rows, run.objective, data.tokenizer.special, length=run.length, seed=0, position=rows.begin(),
                       per_step=min(number, at_once) if alone else at_once * layout.dp, rows_in_all=number,
                       share=(engine.world.index("dp"), layout.dp), fill=not alone)
-        given = ((alive(), engine.to_device(batch))[1] for batch, _after in steps)
-        measured = measure(work.model, run.objective, given, engine.sums,
+        measured = measure(work.model, run.objective, _given(steps, work, alive), engine.sums,
                            bytes=predicted_bytes(shards, data.tokenizer) if rows.counts["tokens_lost"] == 0 else 0)
         parts.append(replace(measured, sums=engine.total(measured.sums), counts=engine.world.add(measured.counts, ("dp", "cp"))))
     return Loss(parts[0].terms, parts[0].scales, torch.cat([p.sums for p in parts]), torch.cat([p.counts for p in parts]),
                 sum(p.bytes for p in parts) if all(p.bytes for p in parts) else 0)
+
+
+def _given(steps: Steps, work: Work, alive: Callable[[], None]) -> Iterator[Batch]:
+    for batch, _after in steps:
+        alive()
+        yield work.engine.to_device(batch)
 
 
 def hooks(run: Run, work: Work, data: Data, saver: Saver, watchdog: Watchdog) -> Hooks:

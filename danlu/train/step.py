@@ -123,12 +123,14 @@ class Engine:
             self.scaler.unscale_(optimizer)
         if fault("grad") == "nan":
             self.leaves[0].local.grad.fill_(float("nan"))        # type: ignore[union-attr]
-        norm = self.norm()
+        own = self._norm()
+        norm = self._global(own)
         if self.scaler and self.world.size > 1:              # each process looks at its own part: all must skip together
             for found in self.scaler._found_inf_per_device(optimizer).values():
                 found.fill_(float(not math.isfinite(norm)))
-        if self.clip is not None and norm > 0:
-            share = min(1.0, self.clip / (norm + 1e-6))
+        clipped = float(own.sqrt()) if self.layout.local is not None else norm      # replicas that step alone clip alone
+        if self.clip is not None and clipped > 0:
+            share = min(1.0, self.clip / (clipped + 1e-6))
             torch._foreach_mul_([leaf.local.grad for leaf in self.leaves if leaf.local.grad is not None], share)    # type: ignore[arg-type]
         if allow(norm):
             for group in optimizer.param_groups:
@@ -148,8 +150,9 @@ class Engine:
         for leaf in self.leaves:
             grad = leaf.param.grad
             if leaf.local is not leaf.param and grad is not None:
-                if isinstance(grad, DTensor) and grad.placements != leaf.param.placements:      # of an embedding: all rows
-                    grad = grad.redistribute(placements=leaf.param.placements)
+                placements = getattr(leaf.param, "placements", None)
+                if isinstance(grad, DTensor) and grad.placements != placements:        # of an embedding: it has all rows
+                    grad = grad.redistribute(placements=placements)
                 leaf.local.grad = tensors.local(grad)
         if self._partial:
             self._add([leaf.local for leaf in self._partial], "tp")
@@ -164,12 +167,20 @@ class Engine:
         for grad, whole in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
             grad.copy_(whole)
 
-    def norm(self) -> float:
-        """Return the norm of the whole gradient: every element counts once, however many processes hold it."""
+    def _norm(self) -> Tensor:
+        """Return this process's share of the squared norm of the whole gradient, float64; all of it in a lone replica.
+
+        Every element counts once, however many processes hold it.
+        """
         grads = [(leaf.local.grad, leaf.copies) for leaf in self.leaves if leaf.local.grad is not None and leaf.local.numel()]
-        norms = torch._foreach_norm([grad for grad, _copies in grads]) if grads else []
-        if self.world.size == 1:
-            return float(torch.linalg.vector_norm(torch.stack(norms)))
-        shares = [n.double().square() / copies for n, (_grad, copies) in zip(norms, grads, strict=True)]
-        total = torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64)
-        return float(self.world.add(total.reshape(1)).sqrt())
+        if not grads:
+            return torch.zeros((), dtype=torch.float64)
+        squares = torch.stack(torch._foreach_norm([grad for grad, _copies in grads])).double().square()
+        if self.world.size > 1 and self.layout.local is None:
+            squares /= torch.tensor([copies for _grad, copies in grads], dtype=torch.float64, device=squares.device)
+        return squares.sum()
+
+    def _global(self, own: Tensor) -> float:
+        """Return the norm over all processes; of replicas that step alone, the root of the mean square."""
+        total = self.world.add(own.reshape(1).clone())
+        return float(total.div(self.layout.dp if self.layout.local is not None else 1).sqrt())

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from danlu import parallel
-from danlu.layout import Layout
+from danlu.layout import Layout, Local
 from danlu.models.build import Config, build
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
@@ -28,6 +28,7 @@ from danlu.objectives.protocol import UNLEARNED, Objective
 from danlu.optim import AdamW
 from danlu.parallel.place import Placed, alone, place
 from danlu.parallel.world import meshed
+from danlu.train.outer import Outer
 from danlu.train.step import Engine
 
 ROWS, LENGTH, VOCAB, STEPS = 16, 16, 64, 4
@@ -138,6 +139,56 @@ def compare(name: str, layout: Layout) -> dict[str, Any]:
     return {"loss": float(told[0]), "norm": float(told[1]), "gradient": float(told[2]), "worst": worst}
 
 
+def local(steps_alone: int = 2) -> float:
+    """Return how far replicas that step alone end from the same made in one process by the paper's formula."""
+    cfg, objective = MODELS["causal LM"]
+    outer = Local(steps=steps_alone, lr=0.7, momentum=0.9)
+    dp = dist.get_world_size()
+
+    def replica(index: int) -> tuple[Engine, torch.optim.Optimizer]:
+        whole = build(cfg).to(torch.float64)
+        whole.to_empty(device="cpu")
+        whole.init(7)
+        engine = Engine(alone(whole.train()), objective, precision="fp64", clip=0.5, seed=0)
+        return engine, AdamW(lr=1e-2).build((leaf.name, leaf.local) for leaf in engine.leaves)
+
+    def part(step: int, index: int) -> dict[str, Tensor]:
+        size = ROWS // dp
+        return {name: column[index * size : (index + 1) * size] for name, column in batch_of(step, False).items()}
+
+    made = [replica(i) for i in range(dp)]
+    begin = [leaf.local.detach().clone() for leaf in made[0][0].leaves]
+    velocity = [torch.zeros_like(x) for x in begin]
+    for step in range(STEPS):
+        for index, (engine, optimizer) in enumerate(made):
+            engine.forward_backward(part(step, index), step=step)
+            engine.update(optimizer, 1e-2, allow=lambda norm: True)
+        if (step + 1) % steps_alone == 0:
+            for n in range(len(begin)):
+                held = [engine.leaves[n].local for engine, _optimizer in made]
+                move = torch.stack([begin[n] - x.detach() for x in held]).mean(0)
+                velocity[n] = outer.momentum * velocity[n] + move
+                begin[n] = begin[n] - outer.lr * (move + outer.momentum * velocity[n])
+                states = [optimizer.state[x] for x, (_engine, optimizer) in zip(held, made, strict=True)]
+                for slot in ("exp_avg", "exp_avg_sq"):
+                    mean = torch.stack([state[slot] for state in states]).mean(0)
+                    for state in states:
+                        state[slot].copy_(mean)
+                for x in held:
+                    x.data.copy_(begin[n])
+    world = meshed(Layout(dp=dp, local=outer), CPU)
+    model = place(cfg, world, objective, precision="fp64", length=LENGTH, rows=ROWS // dp)
+    engine = Engine(model.init(7).train().begin(), objective, precision="fp64", clip=0.5, seed=0)
+    optimizer = AdamW(lr=1e-2).build((leaf.name, leaf.local) for leaf in engine.leaves)
+    meeting = Outer(outer, engine.leaves, world)
+    for step in range(STEPS):
+        engine.forward_backward(part(step, dist.get_rank()), step=step)
+        engine.update(optimizer, 1e-2, allow=lambda norm: True)
+        if meeting.due(step + 1, STEPS, False):
+            meeting.meet(optimizer)
+    return max(float((leaf.local.detach() - x).abs().max()) for leaf, x in zip(engine.leaves, begin, strict=True))
+
+
 def main() -> None:
     """Run the cases of this number of processes."""
     torch.set_num_threads(1)
@@ -157,6 +208,10 @@ def main() -> None:
                 result = {"error": f"{type(error).__name__}: {error}"[:300]}
             if dist.get_rank() == 0 or "error" in result:
                 print(json.dumps({"model": model, "case": case, **result}), flush=True)
+    if dist.get_world_size() == 4 and (not sys.argv[1:] or "local" in sys.argv[1:]):
+        difference = local()
+        if dist.get_rank() == 0:
+            print(json.dumps({"model": "causal LM", "case": "local", "loss": difference, "norm": 0, "gradient": 0}), flush=True)
     parallel.leave()
 
 
