@@ -41,7 +41,7 @@ def main() -> None:
         if size == "mlm":
             ours = [name for name in ours if "bias" not in name]
         if size == "c":                                  # 3 GB a contender: no more of them fit beside each other
-            ours = [name for name in ours if "compile" not in name]
+            ours = [name for name in ours if "compile" not in name] + [f"danlu+micro:{p}" for p in arguments.precisions]
         peers = [name for name, _least in TARGETS[size]]
         names = [*peers, *ours] + ([f"bare:{arguments.precisions[0]}"] if size != "c" else [])
         workers = [Worker(name, size, threads=torch.get_num_threads()) for name in names]
@@ -64,8 +64,9 @@ def report(size: str, results: dict[str, Result], ours: list[str]) -> None:
         print(f"engine beside a bare loop of the same model: {cost:+.1%}, target +3%: {'met' if cost <= 0.03 else 'NOT met'}")
     if size in MEMORY:
         peer, most = MEMORY[size]
-        share = min(results[name].peak for name in ours if "compile" not in name) / results[peer].peak
-        print(f"peak memory / {peer}: {share:.2f}, target {most}: {'met' if share <= most else 'NOT met'}")
+        name = min((name for name in ours if "compile" not in name), key=lambda name: results[name].peak)
+        share = results[name].peak / results[peer].peak
+        print(f"peak memory of {name} / {peer}: {share:.2f}, target {most}: {'met' if share <= most else 'NOT met'}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from bench.sizes import SIZES
 
 NAMES = {"nanogpt": "bench.peers:nanogpt_steps", "trainer": "bench.peers:trainer_steps",
          "danlu": "bench.ours:danlu_steps", "danlu+bias": "bench.ours:biased_steps",
-         "danlu+compile": "bench.ours:compiled_steps", "bare": "bench.ours:bare_steps"}
+         "danlu+micro": "bench.ours:thrifty_steps", "danlu+compile": "bench.ours:compiled_steps", "bare": "bench.ours:bare_steps"}
 ELSEWHERE = 0.15  # cores
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -48,9 +49,10 @@ def whole(out: Path, reference: str) -> None:
 
 
 def test_killed_in_the_middle_of_a_step_resumes_to_the_bit(recipe: Path, reference: str, tmp_path: Path) -> None:
-    assert danlu("train", recipe, "--out", tmp_path / "a", fault="train.step:kill:17").code == -signal.SIGKILL
+    # a save waits for the one before it: after step 20, checkpoint-10 is on disk however slow the writing thread was
+    assert danlu("train", recipe, "--out", tmp_path / "a", fault="train.step:kill:27").code == -signal.SIGKILL
     ended = danlu("train", recipe, "--out", tmp_path / "a", "--resume").clean()
-    assert ended.code == 0 and "resuming from checkpoint-10" in ended.err
+    assert ended.code == 0 and re.search("resuming from checkpoint-[12]0", ended.err)
     whole(tmp_path / "a", reference)
 
 
