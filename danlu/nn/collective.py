@@ -7,16 +7,17 @@ then computes the same loss, and the gradient of its own summand is that of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from danlu.nn.placed import extent
+from danlu.nn import placed
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Span(NamedTuple):
@@ -86,9 +87,9 @@ class _Total(Function):
 
 def cut(weight: Tensor) -> tuple[Tensor, Cut | None]:
     """Return this process's rows of `weight` [V, …] and where they lie; None where it has them all."""
-    if not isinstance(weight, DTensor):
+    if not placed.is_part(weight):
         return weight, None
-    return weight.to_local(), Cut(extent(weight).offset[0], weight.shape[0], weight.device_mesh.get_group())
+    return weight.to_local(), Cut(placed.extent(weight).offset[0], weight.shape[0], weight.device_mesh.get_group())
 
 
 class Strip:
@@ -100,15 +101,19 @@ class Strip:
 
     def cut(self, x: Tensor) -> Tensor:
         """Return this process's tokens of x [B, T, D], which every process has alike."""
-        return x if self.mesh is None else self._placed(x, Replicate(), Shard(1))
+        return x if self.mesh is None else self._moved(x, None, 1)
 
     def join(self, x: Tensor) -> Tensor:
         """Return all tokens [B, T, D]; what follows must be the same in every process."""
-        return x if self.mesh is None else self._placed(x, Shard(1), Replicate())
+        return x if self.mesh is None else self._moved(x, 1, None)
 
-    def _placed(self, x: Tensor, now: Placement, then: Placement) -> Tensor:
-        whole = DTensor.from_local(x, self.mesh, [now], run_check=False).redistribute(placements=[then])
-        return whole.to_local(grad_placements=[then])
+    def _moved(self, x: Tensor, now: int | None, then: int | None) -> Tensor:
+        """Return x [B, T, D], cut along dimension `now`, cut along `then`; None is not cut."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        before, after = (Replicate() if dim is None else Shard(dim) for dim in (now, then))
+        whole = DTensor.from_local(x, self.mesh, [before], run_check=False).redistribute(placements=[after])
+        return whole.to_local(grad_placements=[after])
 
 
 def numbered(blocks: nn.Module) -> Iterator[tuple[int, Any]]:

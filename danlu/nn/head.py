@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Shard
 
+from danlu.nn import placed
 from danlu.nn.attention import working_dtype
 from danlu.nn.collective import Cut, cut
 
@@ -67,7 +67,9 @@ def select(flat: Tensor, index: Tensor) -> Tensor:
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return all logits [..., V]: for decoding and distillation only."""
-    if isinstance(weight, DTensor):
+    if placed.is_part(weight):
+        from torch.distributed.tensor import DTensor, Shard
+
         part = F.linear(hidden, weight.to_local(), None if bias is None else cut(bias)[0])
         return DTensor.from_local(part, weight.device_mesh, [Shard(part.ndim - 1)], run_check=False).full_tensor()
     return F.linear(hidden, weight, bias)

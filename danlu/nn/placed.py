@@ -1,14 +1,20 @@
-"""Tensors of which a process may hold a part (DTensor), and plain ones, by the same few functions."""
+"""Tensors of which a process may hold a part (DTensor), and plain ones, by the same few functions.
+
+PyTorch's module of DTensor takes seconds to import, and a process that is alone has none: it is asked for only where one
+can be.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Extent(NamedTuple):
@@ -23,17 +29,25 @@ class Extent(NamedTuple):
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
 
 
+def is_part(tensor: object) -> TypeGuard[DTensor]:
+    """Return whether `tensor` is a DTensor; if their module is not imported yet, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return the part of `tensor` that this process holds, without autograd; it shares memory."""
     held = tensor.detach()
-    return held.to_local() if isinstance(held, DTensor) else held
+    return held.to_local() if is_part(held) else held
 
 
 def extent(tensor: Tensor) -> Extent:
     """Return where the local part lies."""
     whole = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
+    if not is_part(tensor):
         return Extent(whole, (0,) * len(whole), whole)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return Extent(whole, tuple(offset), tuple(shape))
 
@@ -41,18 +55,25 @@ def extent(tensor: Tensor) -> Extent:
 def cuts(tensor: Tensor) -> int:
     """Return how many processes the tensor is cut over; each of the others in its mesh has a copy."""
     count = 1
-    if isinstance(tensor, DTensor):
+    if is_part(tensor):
         for number, placement in enumerate(tensor.placements):
-            count *= 1 if isinstance(placement, Replicate) else tensor.device_mesh.size(number)
+            count *= 1 if placement.is_replicate() else tensor.device_mesh.size(number)
     return count
 
 
-def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """Return `part` as what this process holds of a tensor placed like `tensor`; `part` itself where that is plain."""
-    if not isinstance(tensor, DTensor):
+def like(whole: Tensor, part: Tensor) -> Tensor:
+    """Return `part` as what this process holds of a tensor placed like `whole`; `part` itself where that is plain.
+
+    On whatever device it lies: `DTensor.from_local` would move it to the mesh's.
+    """
+    if not is_part(whole):
         return part
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
-                              stride=tensor.stride())
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(whole.shape, whole.stride(), part.dtype)
+    return DTensor(part.detach().contiguous(), DTensorSpec(whole.device_mesh, whole.placements, tensor_meta=meta),
+                   requires_grad=False)
 
 
 @torch.no_grad()

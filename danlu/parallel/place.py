@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +21,12 @@ from danlu.nn import placed
 from danlu.nn.collective import Span, numbered
 from danlu.nn.paths import Choice
 from danlu.objectives.protocol import Objective
-from danlu.parallel import context, pipeline, tensor
+from danlu.parallel import context
 from danlu.parallel.device import DTYPES, autocast
 from danlu.parallel.world import World
+
+if TYPE_CHECKING:
+    from danlu.parallel.pipeline import Pipe
 
 
 class Leaf(NamedTuple):
@@ -39,7 +41,7 @@ class Leaf(NamedTuple):
 class Placed:
     """This process's part of the model: the whole, or stages; plain, or cut and sharded.  Names are the whole model's."""
 
-    def __init__(self, parts: list[Any], world: World, *, roots: list[nn.Module], pipe: pipeline.Pipe | None = None,
+    def __init__(self, parts: list[Any], world: World, *, roots: list[nn.Module], pipe: Pipe | None = None,
                  span: Span | None = None) -> None:
         self.parts, self.world, self.roots, self.pipe, self.span = parts, world, roots, pipe, span
         self.call: nn.Module = roots[0]
@@ -103,16 +105,15 @@ class Placed:
 
     @property
     def sharded(self) -> bool:
-        return isinstance(self.roots[0], FSDPModule)
+        return hasattr(self.roots[0], "set_requires_gradient_sync")
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context of a micro-batch's backward pass: gradients are exchanged after the last one alone."""
         if isinstance(self.call, DistributedDataParallel):
             return nullcontext() if last else self.call.no_sync()
         if self.pipe is None:
-            for root in self.roots:
-                if isinstance(root, FSDPModule):
-                    root.set_requires_gradient_sync(last)
+            for root in self.roots if self.sharded else ():
+                root.set_requires_gradient_sync(last)                       # type: ignore[operator]
         return nullcontext()
 
     def leaves(self) -> list[Leaf]:
@@ -135,7 +136,11 @@ class Placed:
     def partial(self) -> list[str]:
         """Return the names of gradients that are summands within a tensor-parallel group."""
         layout = self.world.layout
-        return [n for part in self.parts for n in tensor.partial_names(part, sequence=layout.sequence)] if layout.tp > 1 else []
+        if layout.tp == 1:
+            return []
+        from danlu.parallel import tensor
+
+        return [name for part in self.parts for name in tensor.partial_names(part, sequence=layout.sequence)]
 
 
 def place(cfg: Config, world: World, objective: Objective, *, precision: str, recompute: str | int = "none",
@@ -145,35 +150,59 @@ def place(cfg: Config, world: World, objective: Objective, *, precision: str, re
     length, rows: of a micro-batch of one process.  device: "meta" gives no memory either.
     """
     layout = world.layout
-    numbers = pipeline.mine(layout, world.index("pp")) if layout.pp > 1 else [0]
-    blocks = pipeline.bounds(layout, cfg.layers) if layout.pp > 1 else []
-    parts: list[Any] = []
-    for number in numbers:
-        part = build(cfg).to(DTYPES["fp64" if precision == "fp64" else "fp32"])
-        if layout.pp > 1:
-            pipeline.cut(part, number, blocks)
-        if layout.tp > 1:
-            assert world.mesh is not None
-            tensor.split(part, world.mesh["tp"], sequence=layout.sequence)
-        ready(part, recompute=recompute, compile=compile)
-        parts.append(part)
-    running = partial(autocast, precision, world.device)
-    roots: list[nn.Module] = [pipeline.Stage(part, objective, running) for part in parts] if layout.pp > 1 else list(parts)
-    copies = layout.dp * layout.cp
-    if copies > 1 and layout.local is None and (layout.shard != "none" or layout.pp > 1 or layout.tp > 1):
-        for part, root in zip(parts, roots, strict=True):
-            shard(part, root, world, precision)
-    host = layout.offload and world.device.type != "cpu"
-    span = None
-    for part, root in zip(parts, roots, strict=True):
-        root.to_empty(device=device or ("cpu" if host else world.device))
-        span = context.attach(part, world, length)
-    pipe = None
     if layout.pp > 1:
-        between = DTYPES[precision if precision in ("fp64", "fp32") else "fp32"]
-        pipe = pipeline.Pipe(roots, numbers, world, rows=rows, tokens=length // layout.cp, width=cfg.width,       # type: ignore[arg-type]
-                             strip=layout.tp if layout.sequence else 1, dtype=between, terms=len(objective.terms))
-    return Placed(parts, world, roots=roots, pipe=pipe, span=span)
+        return _stages(cfg, world, objective, precision=precision, recompute=recompute, compile=compile, length=length, rows=rows,
+                       device=device)
+    part = _made(cfg, world, precision)
+    _cut(part, world)
+    ready(part, recompute=recompute, compile=compile)
+    if layout.dp * layout.cp > 1 and layout.local is None and (layout.shard != "none" or layout.tp > 1):
+        shard(part, part, world, precision)
+    _materialise(part, world, device)
+    return Placed([part], world, roots=[part], span=context.attach(part, world, length))
+
+
+def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, recompute: str | int, compile: bool,
+            length: int, rows: int, device: str | None) -> Placed:
+    """Return this process's stages of a pipeline."""
+    from danlu.parallel import pipeline
+
+    layout = world.layout
+    numbers, blocks = pipeline.mine(layout, world.index("pp")), pipeline.bounds(layout, cfg.layers)
+    parts, roots, span = [], [], None
+    for number in numbers:
+        part = _made(cfg, world, precision)
+        pipeline.cut(part, number, blocks)
+        _cut(part, world)
+        ready(part, recompute=recompute, compile=compile)
+        root = pipeline.Stage(part, objective, partial(autocast, precision, world.device))
+        if layout.dp * layout.cp > 1:
+            shard(part, root, world, precision)
+        _materialise(root, world, device)
+        span = context.attach(part, world, length)
+        parts.append(part)
+        roots.append(root)
+    pipe = pipeline.Pipe(roots, numbers, world, rows=rows, tokens=length // layout.cp, width=cfg.width,
+                         strip=layout.tp if layout.sequence else 1, dtype=DTYPES["fp64" if precision == "fp64" else "fp32"],
+                         terms=len(objective.terms))
+    return Placed(parts, world, roots=list(roots), pipe=pipe, span=span)
+
+
+def _made(cfg: Config, world: World, precision: str) -> Any:
+    return build(cfg).to(DTYPES["fp64" if precision == "fp64" else "fp32"])
+
+
+def _cut(part: nn.Module, world: World) -> None:
+    if world.layout.tp > 1:
+        from danlu.parallel import tensor
+
+        assert world.mesh is not None
+        tensor.split(part, world.mesh["tp"], sequence=world.layout.sequence)
+
+
+def _materialise(root: nn.Module, world: World, device: str | None) -> None:
+    host = world.layout.offload and world.device.type != "cpu"
+    root.to_empty(device=device or ("cpu" if host else world.device))
 
 
 def alone(model: nn.Module, *, recompute: str | int = "none", compile: bool = False, micro: int = 1) -> Placed:
@@ -194,6 +223,8 @@ def ready(model: nn.Module, *, recompute: str | int, compile: bool) -> None:
 
 def shard(part: nn.Module, root: nn.Module, world: World, precision: str) -> None:
     """Shard `part`, block by block, as `layout.shard` says; `root` is `part` or the stage around it."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     layout, mesh = world.layout, world.mesh
     assert mesh is not None
     across = mesh["shard"] if layout.shard in ("full", "grads") else mesh["replicate", "shard"]

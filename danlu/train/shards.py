@@ -14,12 +14,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from danlu import files, tensorfile
 from danlu.errors import DanluError, DataError, IncompatibleError, ResourceError
@@ -80,20 +76,15 @@ def _failure(failed: Mapping[int, str]) -> ResourceError:
 
 
 def wrap(whole: Tensor, part: Tensor) -> Tensor:
-    """Return `part` as what this process holds of a tensor placed like `whole`; a number (0 dimensions) as it is.
-
-    On whatever device it lies: `DTensor.from_local` would move it to the mesh's.
-    """
-    if not isinstance(whole, DTensor) or isinstance(part, DTensor):
+    """Return `part` as what this process holds of a tensor placed like `whole`; a number (0 dimensions) as it is."""
+    if not placed.is_part(whole) or placed.is_part(part):
         return part
     if part.shape != placed.local(whole).shape:
         if part.ndim and placed.cuts(whole) > 1:
             raise IncompatibleError(_("a state of shape {shape} cannot be put together from parts of {whole}").format(
                 shape=tuple(part.shape), whole=tuple(whole.shape)))
         return part
-    meta = TensorMeta(whole.shape, whole.stride(), part.dtype)
-    spec = DTensorSpec(whole.device_mesh, whole.placements, tensor_meta=meta)
-    return DTensor(part.detach().contiguous(), spec, requires_grad=False)
+    return placed.like(whole, part)
 
 
 def sizes(tensors: Mapping[str, Tensor], crew: Crew) -> dict[str, int]:
@@ -107,6 +98,9 @@ def write(folder: Path, tensors: Mapping[str, Tensor], crew: Crew) -> dict[str, 
 
     Returns size and hash of every file.  ResourceError in all processes when it fails in one.
     """
+    import torch.distributed.checkpoint as dcp  # takes long, and a process that is alone never needs it
+    from torch.distributed.checkpoint.api import CheckpointException
+
     whole = sizes(tensors, crew)
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_divided(whole, FILE_BYTES * crew.size) or None,
                                           save_distributed=True, thread_count=1)    # of more, DCP loses the errors

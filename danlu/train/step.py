@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from danlu import chance
@@ -123,7 +122,7 @@ class Engine:
             self.scaler.unscale_(optimizer)
         if fault("grad") == "nan":
             self.leaves[0].local.grad.fill_(float("nan"))        # type: ignore[union-attr]
-        own = self._norm()
+        own = self._share()
         norm = self._global(own)
         if self.scaler and self.world.size > 1:              # each process looks at its own part: all must skip together
             for found in self.scaler._found_inf_per_device(optimizer).values():
@@ -151,7 +150,7 @@ class Engine:
             grad = leaf.param.grad
             if leaf.local is not leaf.param and grad is not None:
                 placements = getattr(leaf.param, "placements", None)
-                if isinstance(grad, DTensor) and grad.placements != placements:        # of an embedding: it has all rows
+                if tensors.is_part(grad) and grad.placements != placements:        # of an embedding: it has all rows
                     grad = grad.redistribute(placements=placements)
                 leaf.local.grad = tensors.local(grad)
         if self._partial:
@@ -167,7 +166,11 @@ class Engine:
         for grad, whole in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
             grad.copy_(whole)
 
-    def _norm(self) -> Tensor:
+    def norm(self) -> float:
+        """Return the norm of the whole gradient; called by all processes, after `gather`."""
+        return self._global(self._share())
+
+    def _share(self) -> Tensor:
         """Return this process's share of the squared norm of the whole gradient, float64; all of it in a lone replica.
 
         Every element counts once, however many processes hold it.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from danlu import parallel
 from danlu.layout import Layout, Local
 from danlu.models.build import Config, build
 from danlu.models.decoder import Decoder
@@ -189,30 +190,47 @@ def local(steps_alone: int = 2) -> float:
     return max(float((leaf.local.detach() - x).abs().max()) for leaf, x in zip(engine.leaves, begin, strict=True))
 
 
+@contextmanager
+def joined(store: dist.Store, name: str) -> Iterator[None]:
+    """Join the processes for one layout: each process group has threads, which end with it."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def main() -> None:
     """Run the cases of this number of processes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    cases = FOUR if dist.get_world_size() == 4 else EIGHT
-    for model in MODELS:
-        for case, fields in cases.items():
-            if sys.argv[1:] and case not in sys.argv[1:]:
-                continue
-            layout = Layout(**fields)
-            layout.check(ROWS, length=LENGTH, model=MODELS[model][0].model_dump())
-            try:
-                result = compare(model, layout)
-            except Exception as error:
-                if os.environ.get("TRACE"):
-                    raise
-                result = {"error": f"{type(error).__name__}: {error}"[:300]}
-            if dist.get_rank() == 0 or "error" in result:
-                print(json.dumps({"model": model, "case": case, **result}), flush=True)
-    if dist.get_world_size() == 4 and (not sys.argv[1:] or "local" in sys.argv[1:]):
-        difference = local()
-        if dist.get_rank() == 0:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0)
+    for case, fields in (FOUR if size == 4 else EIGHT).items():
+        if sys.argv[1:] and case not in sys.argv[1:]:
+            continue
+        layout = Layout(**fields)
+        with joined(store, case):
+            for model in MODELS:
+                layout.check(ROWS, length=LENGTH, model=MODELS[model][0].model_dump())
+                try:
+                    result = compare(model, layout)
+                except Exception as error:
+                    if os.environ.get("TRACE"):
+                        raise
+                    result = {"error": f"{type(error).__name__}: {error}"[:300]}
+                if rank == 0 or "error" in result:
+                    print(json.dumps({"model": model, "case": case, **result}), flush=True)
+    if size == 4 and (not sys.argv[1:] or "local" in sys.argv[1:]):
+        with joined(store, "local"):
+            difference = local()
+        if rank == 0:
             print(json.dumps({"model": "causal LM", "case": "local", "loss": difference, "norm": 0, "gradient": 0}), flush=True)
-    parallel.leave()
+    if rank == 0:
+        for other in range(1, size):                     # the store lives here: it must outlast the others
+            store.wait([f"done{other}"])
+    else:
+        store.set(f"done{rank}", "1")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""What a computation on fake tensors would hold and send: bytes alive and at the peak, collectives by axis, FLOPs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+KINDS = {"all_reduce": "all-reduce", "allreduce": "all-reduce", "all_gather": "all-gather", "allgather": "all-gather",
+         "reduce_scatter": "reduce-scatter", "broadcast": "broadcast", "all_to_all": "all-to-all", "alltoall": "all-to-all"}
+QUIET = ("wait_tensor", "barrier")                       # they move nothing
+
+
+class Kind(NamedTuple):
+    """A collective: among which processes, and which."""
+
+    axis: str
+    name: str
+
+
+class Traffic:
+    """How many collectives of each kind, and their bytes: the whole tensor's, as one process sees it before or after."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Kind] = Counter()
+        self.bytes: Counter[Kind] = Counter()
+
+    def add(self, kind: Kind, size: int, times: int = 1) -> None:
+        """Count `times` collectives of `size` bytes."""
+        if times:
+            self.counts[kind] += times
+            self.bytes[kind] += times * size
+
+    def more(self, other: Traffic, times: int = 1) -> Traffic:
+        """Count another's, `times` over; return itself."""
+        for kind, count in other.counts.items():
+            self.counts[kind] += times * count
+            self.bytes[kind] += times * other.bytes[kind]
+        return self
+
+    def of(self, axis: str, name: str) -> Traffic:
+        """Return those of one kind."""
+        kind, made = Kind(axis, name), Traffic()
+        if kind in self.counts:
+            made.counts[kind], made.bytes[kind] = self.counts[kind], self.bytes[kind]
+        return made
+
+    def record(self) -> list[dict[str, Any]]:
+        """Return JSON-ready values, the most bytes first."""
+        return [{"axis": kind.axis, "kind": kind.name, "count": self.counts[kind], "bytes": size}
+                for kind, size in self.bytes.most_common() if self.counts[kind]]
+
+
+class Ledger(TorchDispatchMode):
+    """Follows every storage from the operation that makes it to its end.  Use it inside a FakeTensorMode."""
+
+    def __init__(self, axes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+        """axes, sizes: of each process group, by its name."""
+        super().__init__()
+        self.axes, self.sizes = axes, sizes
+        self.held: dict[int, int] = {}
+        self.live = self.peak = self.flops = 0
+        self.traffic = Traffic()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented                        # it comes again with the local parts
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._collective(func, args)
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._hold(leaf.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = 0
+            weakref.finalize(storage, self._drop, key)
+            self.resized(storage)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.held.pop(key)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Take note of a storage's new size: FSDP empties its buffers without letting go of them."""
+        key = storage._cdata
+        if key in self.held:
+            self.live += storage.nbytes() - self.held[key]
+            self.held[key] = storage.nbytes()
+            self.peak = max(self.peak, self.live)
+
+    def mark(self) -> int:
+        """Return the bytes alive; the peak begins there anew."""
+        gc.collect()                                     # what only a cycle keeps is not the model's
+        self.peak = self.live
+        return self.live
+
+    def take(self) -> tuple[Traffic, int]:
+        """Return the traffic and the FLOPs since the last time."""
+        made = self.traffic, self.flops
+        self.traffic, self.flops = Traffic(), 0
+        return made
+
+    def _collective(self, func: Any, args: Any) -> None:
+        name = str(func.overloadpacket.__name__).strip("_")
+        if name.startswith(QUIET):
+            return
+        kind = next((told for prefix, told in KINDS.items() if name.startswith(prefix)), name)
+        group = next((_group(arg) for arg in args if _group(arg) in self.axes), "")
+        size = max((_bytes(arg) for arg in args), default=0)
+        if func.namespace == "_c10d_functional" and kind == "all-gather":
+            size *= self.sizes.get(group, 1)             # its output is not among its arguments
+        if self.sizes.get(group, 2) > 1:
+            self.traffic.add(Kind(self.axes.get(group, "other"), kind), size)
+
+
+def _group(arg: Any) -> str:
+    if isinstance(arg, str):
+        return arg
+    if isinstance(arg, torch.ScriptObject):
+        try:
+            return str(torch.distributed.ProcessGroup.unbox(arg).group_name)
+        except (RuntimeError, TypeError):                # a reduce operation
+            return ""
+    return ""
+
+
+def _bytes(arg: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(arg) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def following(ledger: Ledger) -> Iterator[Ledger]:
+    """Give `ledger` every operation, and every change of a storage's size, of what runs inside."""
+    plain = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        made = plain(storage, size)
+        ledger.resized(storage)
+        return made
+
+    with changed(torch.UntypedStorage, "resize_", resize_), ledger:
+        yield ledger
+
+
+@contextmanager
+def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner.name` be `value` for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
