@@ -21,7 +21,8 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[tupl
 def test_it_tells_versions_speed_and_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parallel, "peak", lambda device, precision: {"fp32": 100e9, "bf16": 250e9}[precision])
+    for module in (parallel, parallel.device):
+        monkeypatch.setattr(module, "peak", lambda device, precision: {"fp32": 100e9, "bf16": 250e9}[precision])
     code, facts = run(capsys)
     assert code == 0
     assert facts["versions", "torch"]["value"] == torch.__version__

@@ -42,10 +42,18 @@ def same_machine(found: Path | None, run: Run) -> bool:
     return all(manifest.get(k) == v for k, v in machine().items()) and not differences(manifest["run"], config.dump(run))
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(then: dict[str, Any], now: dict[str, Any], under: str = "") -> list[str]:
     """Return the settings that differ and matter for the result, as text."""
-    return [_("{key}: {then} then, {now} now").format(key=key, then=then.get(key), now=now.get(key))
-            for key in sorted(then.keys() | now.keys()) if key not in HARMLESS and then.get(key) != now.get(key)]
+    found = []
+    for key in sorted(then.keys() | now.keys()):
+        before, after = then.get(key), now.get(key)
+        if before == after or (not under and key in HARMLESS):
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{under}{key}.")
+        else:
+            found.append(_("{key}: {then} then, {now} now").format(key=under + key, then=before, now=after))
+    return found
 
 
 def elsewhere(then: dict[str, Any]) -> list[str]:

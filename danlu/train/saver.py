@@ -62,10 +62,12 @@ class Saver:
         return duration(time.monotonic() - self.at) if self.at is not None else ""
 
     def poll(self) -> None:
-        """Tell of a save that failed."""
+        """Tell of a save that failed.  Raises what it failed of if that is the loss of the other processes."""
         error = self.writer.poll()
         if error is None:
             return
+        if self.writer.group is not None and isinstance(error, RuntimeError):      # a disk's errors come as ResourceError
+            raise error
         self.lost = str(error)
         say(_("warning: a checkpoint could not be written: {why}").format(why=error))
         if self.writer.failures >= 2:

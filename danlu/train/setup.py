@@ -95,6 +95,9 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
         measured = world.tell(names.index(parallel.fastest(world.device)) if world.main else 0)
         changes["precision"] = before.get("precision") or names[measured]
     run = run.model_copy(update=changes)
+    if run.layout.offload and world.device.type == "cpu":
+        raise ConfigError(_("layout.offload moves weights from a device to the host, and this device is the host"),
+                          where="layout.offload", fix=_("leave it out"))
     try:
         run.layout.check(run.step_rows, length=run.length, model=model.model_dump(), optimizer=run.optim.kind)
     except ValueError as error:

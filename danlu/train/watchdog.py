@@ -66,6 +66,8 @@ class Watchdog:
         if self.seconds:
             for name in ("heartbeat", "stacks"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
+            if self.world.rank == 0:
+                self._sweep()
             self.stacks = self._file("stacks", "txt").open("w", encoding="utf-8")
             self.last = time.monotonic()
             self._write()
@@ -85,6 +87,15 @@ class Watchdog:
                 self._file("stacks", "txt").unlink()
             for name in ("heartbeat", "stacks"):
                 (self.folder / name).rmdir()
+
+    def _sweep(self) -> None:
+        """Remove what killed processes of a larger world left behind; stacks only if nothing was written."""
+        for path in self.folder.glob("*/rank-*.*"):
+            rank = path.stem.removeprefix("rank-")
+            if path.parent.name in ("heartbeat", "stacks") and rank.isdigit() and int(rank) >= self.world.size:
+                with suppress(OSError):
+                    if path.parent.name == "heartbeat" or not path.stat().st_size:
+                        path.unlink()
 
     def _file(self, kind: str, ending: str) -> Path:
         return self.folder / kind / f"rank-{self.world.rank}.{ending}"

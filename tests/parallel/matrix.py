@@ -6,10 +6,7 @@ Run by the tests as each of N processes; prints one JSON line for each case.  `p
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from danlu import parallel
 from danlu.layout import Layout, Local
 from danlu.models.build import Config, build
 from danlu.models.decoder import Decoder
@@ -28,7 +26,7 @@ from danlu.objectives.pairs import NextSentence
 from danlu.objectives.protocol import UNLEARNED, Objective
 from danlu.optim import AdamW
 from danlu.parallel.place import Placed, alone, place
-from danlu.parallel.world import meshed
+from danlu.parallel.world import World, meshed
 from danlu.train.outer import Outer
 from danlu.train.step import Engine
 
@@ -50,6 +48,8 @@ FOUR = {
     "fsdp×tp+sp": case(dp=2, tp=2, shard="full", sequence=True), "dp×pp": case(dp=2, pp=2, micro=4),
     "fsdp×pp": case(dp=2, pp=2, micro=2, shard="full"), "tp×pp": case(tp=2, pp=2, micro=4),
     "tp+sp×pp": case(tp=2, pp=2, micro=2, sequence=True), "cp×pp": case(cp=2, pp=2, micro=2), "cp×tp": case(cp=2, tp=2),
+    "fsdp×tp, recomputed": case(dp=2, tp=2, shard="full", micro=2, recompute="full"),
+    "pp, recomputed": case(pp=2, dp=2, micro=2, recompute=2),
 }
 EIGHT = {
     "dp×tp×pp": case(dp=2, tp=2, pp=2, micro=2), "cp×tp×pp": case(cp=2, tp=2, pp=2, micro=4),
@@ -116,12 +116,13 @@ def expected_of(name: str) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
     return steps(alone(whole.train()), objective, cfg.kind == "encoder")
 
 
-def compare(name: str, layout: Layout) -> dict[str, Any]:
+def compare(name: str, world: World, recompute: str | int) -> dict[str, Any]:
     """Return the largest differences of a case from one process."""
     cfg, objective = MODELS[name]
     encoder, expected = cfg.kind == "encoder", expected_of(name)
-    world = meshed(layout, CPU)
-    model = place(cfg, world, objective, precision="fp64", length=LENGTH, rows=ROWS // layout.dp // layout.micro)
+    layout = world.layout
+    model = place(cfg, world, objective, precision="fp64", length=LENGTH, rows=ROWS // layout.dp // layout.micro,
+                  recompute=recompute)
     extents = {leaf.name: placed.extent(leaf.param) for leaf in model.leaves()}
     found = steps(model.init(7).train().begin(), objective, encoder)
     loss = max(float((a[0] - b[0]).abs().max()) for a, b in zip(found, expected, strict=True))
@@ -190,47 +191,26 @@ def local(steps_alone: int = 2) -> float:
     return max(float((leaf.local.detach() - x).abs().max()) for leaf, x in zip(engine.leaves, begin, strict=True))
 
 
-@contextmanager
-def joined(store: dist.Store, name: str) -> Iterator[None]:
-    """Join the processes for one layout: each process group has threads, which end with it."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def main() -> None:
     """Run the cases of this number of processes."""
     torch.set_num_threads(1)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
     for case, fields in (FOUR if size == 4 else EIGHT).items():
         if sys.argv[1:] and case not in sys.argv[1:]:
             continue
-        layout = Layout(**fields)
-        with joined(store, case):
-            for model in MODELS:
-                layout.check(ROWS, length=LENGTH, model=MODELS[model][0].model_dump())
-                try:
-                    result = compare(model, layout)
-                except Exception as error:
-                    if os.environ.get("TRACE"):
-                        raise
-                    result = {"error": f"{type(error).__name__}: {error}"[:300]}
-                if rank == 0 or "error" in result:
-                    print(json.dumps({"model": model, "case": case, **result}), flush=True)
+        layout = Layout(**{name: value for name, value in fields.items() if name != "recompute"})
+        world = meshed(layout, CPU)                      # once: each process group has threads of its own
+        for model in MODELS:
+            layout.check(ROWS, length=LENGTH, model=MODELS[model][0].model_dump())
+            result = compare(model, world, fields.get("recompute", "none"))
+            if rank == 0:
+                print(json.dumps({"model": model, "case": case, **result}), flush=True)
     if size == 4 and (not sys.argv[1:] or "local" in sys.argv[1:]):
-        with joined(store, "local"):
-            difference = local()
+        difference = local()
         if rank == 0:
             print(json.dumps({"model": "causal LM", "case": "local", "loss": difference, "norm": 0, "gradient": 0}), flush=True)
-    if rank == 0:
-        for other in range(1, size):                     # the store lives here: it must outlast the others
-            store.wait([f"done{other}"])
-    else:
-        store.set(f"done{rank}", "1")
+    parallel.leave()
 
 
 if __name__ == "__main__":
