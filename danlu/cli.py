@@ -40,6 +40,8 @@ def _verbs() -> dict[str, Verb]:
                        options=_launch_options),
         "verify": Verb("danlu.verbs.verify", _("show that a layout changes nothing"), _verify, recipe=True,
                        options=_verify_options, starts=True),
+        "rehearse": Verb("danlu.verbs.rehearse", _("every process of a layout, on one CPU: memory, messages"),
+                         _rehearse, recipe=True, options=_rehearse_options),
         "eval": Verb("danlu.evaluate.run", _("perplexity and bits per byte, with intervals"), _eval),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), _generate),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), _inspect),
@@ -233,6 +235,17 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp64", choices=["fp64", "fp32"], help=_("arithmetic of both"))
     parser.add_argument("--tolerance", type=float, help=_("largest relative difference allowed (default: 1e-6, in fp32 1e-3)"))
     parser.add_argument("--against", type=Path, help=argparse.SUPPRESS)
+
+
+def _rehearse(parser: argparse.ArgumentParser) -> None:
+    _rehearse_options(parser)
+    _recipe(parser)
+
+
+def _rehearse_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, help=_("processes; those beyond tp·pp·cp are data parallel if layout.dp=1"))
+    parser.add_argument("--vocab", type=int, help=_("ids of the tokenizer, where the recipe leaves them to it"))
+    parser.add_argument("--memory", help=_("memory of one device, such as 80GB: does it fit?"))
 
 
 def _quickstart(parser: argparse.ArgumentParser) -> None:

@@ -36,8 +36,8 @@ UNIONS = {                                               # name of the table -> 
     "tokenizer": ("Prepare", ("BPE", "WordPiece", "Unigram", "Chars", "Loaded")),
 }
 SINGLE = {                                               # other definitions -> the heading they stand under
-    "Source": "data", "Decoder": "decoder", "Encoder": "encoder", "Part": "parts", "Layout": "layout", "Every": "every",
-    "Stop": "stop", "Guard": "guard", "Input": "inputs", "Clean": "clean", "Split": "split",
+    "Source": "data", "Decoder": "decoder", "Encoder": "encoder", "Part": "parts", "Layout": "layout", "Local": "local",
+    "Every": "every", "Stop": "stop", "Guard": "guard", "Input": "inputs", "Clean": "clean", "Split": "split",
 }
 WORDS = {
     "en": {

@@ -18,6 +18,7 @@ from danlu import cli, config
 from danlu.data.prepare import Prepare
 from danlu.errors import DanluError
 from danlu.train.recipe import Run
+from danlu.verbs.rehearse import spread
 
 ROOT = Path(__file__).parent.parent
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
@@ -124,7 +125,7 @@ def test_every_command_parses(file: str, line: str, tmp_path: Path) -> None:
         return
     try:
         if verbs[words[0]].recipe:
-            check_recipe(words, tmp_path)
+            check_recipe(verbs[words[0]], words, tmp_path)
             return
         parser = argparse.ArgumentParser(exit_on_error=False)
         verbs[words[0]].arguments(parser)
@@ -134,15 +135,18 @@ def test_every_command_parses(file: str, line: str, tmp_path: Path) -> None:
             pytest.fail(f"{file}: {line}: {error}")
 
 
-def check_recipe(words: list[str], folder: Path) -> None:
+def check_recipe(verb: cli.Verb, words: list[str], folder: Path) -> None:
     """Load the recipe that a command names, or the one that the pages show, with the command's overrides."""
-    recipe, overrides = cli.recipe_words(words[1:])
+    options, rest = cli.recipe_options(verb, words)
+    recipe, overrides = cli.recipe_words(rest)
     assert recipe is not None
-    cls, page = {"train": (Run, "training.md"), "prepare": (Prepare, "data.md")}[words[0]]
+    cls, page = (Prepare, "data.md") if words[0] == "prepare" else (Run, "training.md")
     if not (ROOT / recipe).is_file():
         assert recipe.parent == Path("."), f"{recipe} is not in the repository"
         (folder / recipe).write_text(shown(page), encoding="utf-8")
-    config.load(cls, ROOT / recipe if (ROOT / recipe).is_file() else folder / recipe, [o for o in overrides if o != "a.b=c"])
+    path = ROOT / recipe if (ROOT / recipe).is_file() else folder / recipe
+    world = options["world"] if words[0] == "rehearse" else None
+    config.load(cls, path, [o for o in (*overrides, *spread(path, overrides, world)) if o != "a.b=c"])
 
 
 def recipes() -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -29,6 +30,7 @@ def start(*, threads: int | None, device: str) -> torch.device:
         raise ConfigError(_("no CUDA device is visible"), where="device", fix=_("set device=cpu or auto"))
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         torch.backends.cuda.matmul.allow_tf32 = False
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))     # one each
         return torch.device("cuda", torch.cuda.current_device())
     _bound_memory()
     return torch.device("cpu")

@@ -236,4 +236,5 @@ def shard(part: nn.Module, root: nn.Module, world: World, precision: str) -> Non
     }
     for _number, block in numbered(part.blocks):                            # type: ignore[arg-type]
         fully_shard(block, **options)
-    fully_shard(root, **options)
+    # embeddings, norms and head stay in fp32, as they do in one process: they make and end the residual stream
+    fully_shard(root, **options | {"mp_policy": MixedPrecisionPolicy()})

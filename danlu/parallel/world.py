@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,9 +108,27 @@ def join(layout: Layout, device: torch.device) -> World:
     if size == 1 and not os.environ.get("RANK"):
         return World(layout, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE,
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **_met(size),
                                 device_id=device if device.type == "cuda" else None)
     return meshed(layout, device)
+
+
+def _met(size: int) -> dict[str, Any]:
+    """Return where the processes meet, as init_process_group takes it: on the loopback, if that is where they are.
+
+    PyTorch's own store would listen on every address of the machine.
+    """
+    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    if host != "127.0.0.1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return {}
+    if rank:
+        return {"store": dist.TCPStore(host, port, size, False), "rank": rank, "world_size": size}
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((host, port))
+    listening.listen(size)
+    store = dist.TCPStore(host, port, size, True, master_listen_fd=listening.detach())
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def meshed(layout: Layout, device: torch.device) -> World:

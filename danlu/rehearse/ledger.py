@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -62,27 +64,31 @@ class Traffic:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end.  Use it inside a FakeTensorMode."""
+    """Follows every storage from the operation that makes it to its end.  Use it inside `fake`."""
 
-    def __init__(self, axes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-        """axes, sizes: of each process group, by its name."""
+    def __init__(self, fake: FakeTensorMode | None, axes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+        """fake: whose tensors count, real ones without it; axes, sizes: of each process group, by its name."""
         super().__init__()
-        self.axes, self.sizes = axes, sizes
+        self.fake, self.axes, self.sizes = fake, axes, sizes
         self.held: dict[int, int] = {}
         self.live = self.peak = self.flops = 0
+        self.paused = False
         self.traffic = Traffic()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented                        # it comes again with the local parts
+        if self.paused:
+            return func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args)
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket)
+        mine = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and getattr(leaf, "fake_mode", None) is self.fake]
+        count = flop_registry.get(func.overloadpacket) if mine else None
         if count is not None:
             self.flops += int(count(*args, **(kwargs or {}), out_val=out))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+        for leaf in mine:
+            if leaf.device.type != "meta":
                 self._hold(leaf.untyped_storage())
         return out
 
@@ -129,6 +135,19 @@ class Ledger(TorchDispatchMode):
             self.traffic.add(Kind(self.axes.get(group, "other"), kind), size)
 
 
+class Pause:
+    """A context in which a ledger counts nothing."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __enter__(self) -> None:
+        self.ledger.paused = True
+
+    def __exit__(self, *error: object) -> None:
+        self.ledger.paused = False
+
+
 def _group(arg: Any) -> str:
     if isinstance(arg, str):
         return arg
@@ -154,7 +173,8 @@ def following(ledger: Ledger) -> Iterator[Ledger]:
         ledger.resized(storage)
         return made
 
-    with changed(torch.UntypedStorage, "resize_", resize_), ledger:
+    # DTensor tries an operation on whole shapes when it meets it first; it does so under this lock
+    with changed(ShardingPropagator, "_fake_mode_lock", Pause(ledger)), changed(torch.UntypedStorage, "resize_", resize_), ledger:
         yield ledger
 
 

@@ -5,6 +5,7 @@ An action begins as soon as its process is free and what it reads is there; send
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,11 +47,13 @@ def orders(schedule: Any) -> list[list[Action]]:
     table = getattr(schedule, "pipeline_order", None) or schedule._get_pipeline_order()
     made = []
     for rank in sorted(table):
-        mine = []
+        mine, seen = [], Counter[tuple[str, int]]()
         for action in table[rank]:
-            kind = None if action is None else KINDS.get(getattr(action.computation_type, "name", ""))
+            kind = None if action is None else KINDS.get(action.computation_type.name)
             if kind is not None:
-                mine.append(Action(kind, int(action.stage_index), int(action.microbatch_index)))
+                # counted here: the table of 1F1B numbers the last stage's forward passes from 1
+                mine.append(Action(kind, int(action.stage_index), seen[kind, action.stage_index]))
+                seen[kind, action.stage_index] += 1
         made.append(mine)
     return made
 

@@ -15,22 +15,27 @@ is stood in for, and no number depends on it:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as local_shape
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from danlu.layout import Layout
-from danlu.nn import attention, head, paths
+from danlu.nn import attention, head, paths, placed
+from danlu.nn.collective import numbered
 from danlu.objectives.lm import MaskedLM
 from danlu.objectives.mixture import Mixture
 from danlu.objectives.protocol import Objective
@@ -61,7 +66,13 @@ class Spread(NamedTuple):
         """Return the shape of the part that the process at `place` holds."""
         if not self.axes:
             return self.shape
-        return local_shape(self.shape, self.sizes, [place[axis] for axis in self.axes], self.placements)[0]
+        return _local(self.shape, self.sizes, tuple(place[axis] for axis in self.axes), self.placements)
+
+
+@cache
+def _local(shape: tuple[int, ...], sizes: tuple[int, ...], place: tuple[int, ...],
+           placements: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(local_shape(shape, sizes, list(place), placements)[0])
 
 
 class Pass(NamedTuple):
@@ -83,6 +94,7 @@ class Stage:
     passes: list[Pass] = field(default_factory=list)
     sent: int = 0                                        # bytes of what it puts out, 0 in the last
     entered: int = 0                                     # … and takes in from another, 0 in the first
+    misfit: str = ""                                     # what it puts out, if the next stage expects something else
 
     @property
     def usual(self) -> Pass:
@@ -94,11 +106,13 @@ class Traced:
     """A process: its part of the model and what its step needs."""
 
     rank: int
+    like: int                                            # the process that was run for it, itself or its twin
+    looks: tuple[Any, ...]                               # what makes twins
     parameters: list[Spread]
     trained: set[str]
     tied: tuple[str, ...]
     order: list[list[Action]]                            # of all processes of the pipeline
-    unshards: dict[int, int]                             # how often the pipeline gathers each stage
+    unshards: tuple[int, ...]                            # how often the pipeline gathers each of its stages; 0: leaves it to FSDP
     stages: list[Stage]
     weights: int                                         # bytes, as allocated
     base: int                                            # bytes between two micro-batches
@@ -110,11 +124,14 @@ class Traced:
 @contextmanager
 def process(layout: Layout, rank: int) -> Iterator[World]:
     """Be process `rank` of the layout, among others that are not there."""
+    told = sys.excepthook                                # which a process group prefixes with its rank
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    _clear_sharding_prop_cache()                         # its meshes look alike for every process, and name other groups
     try:
         yield meshed(layout, CPU)
     finally:
         dist.destroy_process_group()
+        sys.excepthook = told
 
 
 def placed_as(run: Run, world: World) -> Placed:
@@ -123,14 +140,18 @@ def placed_as(run: Run, world: World) -> Placed:
                  rows=run.part_rows, device="meta")
 
 
-def spread(placed: Placed) -> list[Spread]:
+def spread(model: Placed) -> list[Spread]:
     """Return the parameters of a placed model."""
     made = []
-    for name, parameter in placed.named_parameters():
-        size, cut = parameter.element_size(), isinstance(parameter, DTensor)
-        mesh: Any = parameter.device_mesh if cut else None
-        made.append(Spread(name, tuple(parameter.shape), size, tuple(mesh.mesh_dim_names) if cut else (),
-                           tuple(mesh.shape) if cut else (), tuple(parameter.placements) if cut else ()))     # type: ignore[attr-defined]
+    for name, parameter in model.named_parameters():
+        tensor: Tensor = parameter
+        axes: tuple[str, ...] = ()
+        sizes: tuple[int, ...] = ()
+        placements: tuple[Any, ...] = ()
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            axes, sizes, placements = tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), tuple(tensor.placements)
+        made.append(Spread(name, tuple(tensor.shape), tensor.element_size(), axes, sizes, placements))
     return made
 
 
@@ -169,12 +190,17 @@ def share(objective: Objective) -> float:
 @contextmanager
 def stand_ins(run: Run) -> Iterator[None]:
     """Let nothing ask for data that is not there; see the module's first lines."""
-    learned_share, accelerator = share(run.objective), run.device != "cpu"
+    learned_share, accelerator, extent = share(run.objective), run.device != "cpu", placed.extent
 
     def learned(weights: Tensor, *, everything: bool = False) -> Tensor:
         return torch.arange(math.ceil(weights.numel() * learned_share))
 
+    def reckoned(tensor: Tensor) -> placed.Extent:
+        with unset_fake_temporarily():                   # it asks tensors of its own for numbers
+            return extent(tensor)
+
     with ExitStack() as stack:
+        stack.enter_context(changed(placed, "extent", reckoned))
         stack.enter_context(changed(head, "learned", learned))
         stack.enter_context(changed(head, "_ratio", lambda up, hint: 1.0))
         if accelerator:
@@ -183,45 +209,69 @@ def stand_ins(run: Run) -> Iterator[None]:
         yield
 
 
-def trace(run: Run, rank: int) -> Traced:
-    """Return what process `rank` of the run's layout holds and does in a step."""
+def trace(run: Run, rank: int, known: Sequence[Traced] = ()) -> Traced:
+    """Return what process `rank` of the run's layout holds and does in a step.
+
+    known: other processes; if one's stages are just like those of this one, so is what they do.
+    """
     layout, cfg = run.layout, run.network
     with process(layout, rank) as world:
-        placed = placed_as(run, world)
-        parameters = spread(placed)
+        model = placed_as(run, world)
+        parameters = spread(model)
+        looks = _looks(run, model, parameters)
+        twin = next((one for one in known if one.looks == looks), None)
+        if twin is not None:
+            numbers = [work.stage_index for work in _of(model.pipe.schedule)] if model.pipe is not None else [0]
+            names = dict(zip((p.name for p in twin.parameters), (p.name for p in parameters), strict=True))
+            stages = [replace(stage, number=number) for stage, number in zip(twin.stages, numbers, strict=True)]
+            return replace(twin, rank=rank, stages=stages, parameters=parameters, like=twin.rank,
+                           trained={names[name] for name in twin.trained})
         accelerator = run.device != "cpu"
         choice = paths.rule("cuda" if accelerator else "cpu", DTYPES[run.precision], run.length, causal=cfg.kind == "decoder")
-        for module in (m for part in placed.parts for m in part.modules()):
+        for module in (m for part in model.parts for m in part.modules()):
             if accelerator and isinstance(module, attention.Attention):
                 module.dropout = 0.0
-        ledger = Ledger(*groups(world))
-        with stand_ins(run), FakeTensorMode(allow_non_fake_inputs=True), following(ledger):
-            for root in placed.roots:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        ledger = Ledger(fake, *groups(world))
+        with stand_ins(run), fake, following(ledger):
+            for root in model.roots:
                 root.to_empty(device="cpu")
-            engine = Engine(placed.use(choice).train(), run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
-            ddp = layout.dp * layout.cp > 1 and not placed.sharded and layout.local is None
+            engine = Engine(model.use(choice).train(), run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
+            ddp = layout.dp * layout.cp > 1 and not model.sharded and layout.local is None
             weights = ledger.mark()
             if ddp:                                      # whose buckets are there from the start
                 for leaf in engine.leaves:
                     leaf.param.grad = torch.zeros_like(leaf.param)
-            stages, base = _stages(run, placed, engine, ledger)
+            stages, base = _stages(run, model, engine, ledger)
             ledger.take()
-            closing = _close(placed, ledger)
+            closing = _close(model, ledger)
             _finish(run, engine, ledger)
             rest, _flops = ledger.take()
         if ddp:
             _buckets(engine, rest)
-        pipe = placed.pipe
-        made = Traced(rank, parameters, {leaf.name for leaf in engine.leaves}, placed.tied,
+        pipe = model.pipe
+        made = Traced(rank, rank, looks, parameters, {leaf.name for leaf in engine.leaves}, model.tied,
                       orders(pipe.schedule) if pipe is not None else alone(layout.micro),
-                      _unshards(pipe.schedule, world.index("pp")) if pipe is not None else {},
+                      _unshards(pipe.schedule, world.index("pp")) if pipe is not None else (0,),
                       stages, weights, base, closing, ddp, rest)
     return made
 
 
-def _stages(run: Run, placed: Placed, engine: Engine, ledger: Ledger) -> tuple[list[Stage], int]:
+def _looks(run: Run, model: Placed, parameters: Sequence[Spread]) -> tuple[Any, ...]:
+    """Return all on which it depends what a process does in a step, its rank apart."""
+    every = run.recompute if isinstance(run.recompute, int) else 1
+    full = getattr(run.network, "full_layers", 0)
+    blocks = tuple((number % every == 0, number < full) for part in model.parts for number, _block in numbered(part.blocks))
+    works = _of(model.pipe.schedule) if model.pipe is not None else []
+    ends = tuple((work.is_first, work.is_last) for work in works)
+    counts = _unshards(model.pipe.schedule, model.world.index("pp")) if model.pipe is not None else ()
+    return (ends, blocks, tuple((p.shape, p.axes, str(p.placements)) for p in parameters),
+            counts, model.world.ends is not None)
+
+
+def _stages(run: Run, model: Placed, engine: Engine, ledger: Ledger) -> tuple[list[Stage], int]:
     """Run a few micro-batches through the stages; return what each does, and the bytes that are alive between two."""
-    layout, pipe = run.layout, placed.pipe
+    layout, pipe = run.layout, model.pipe
     batch = engine.to_device(columns(run))
     if pipe is None:
         only = Stage(0, run.network.layers)
@@ -232,19 +282,13 @@ def _stages(run: Run, placed: Placed, engine: Engine, ledger: Ledger) -> tuple[l
             base = ledger.mark() if number == 0 and not last else base
         return [only], base
     ranges = bounds(layout, run.network.layers)
-    stages, base = [], 0
-    for root, at in zip(placed.roots, _numbers(placed), strict=True):
-        stages.append(Stage(at, len(ranges[at])))
-        stages[-1].passes.append(_part(stages[-1], root, batch, ledger, run))
-        base = ledger.mark()
-    for stage, root in zip(stages, placed.roots, strict=True):
-        stage.passes.append(_part(stage, root, batch, ledger, run))
+    works = _of(pipe.schedule)
+    stages, base = [Stage(work.stage_index, len(ranges[work.stage_index])) for work in works], 0
+    for number in range(2):
+        for stage, work in zip(stages, works, strict=True):
+            stage.passes.append(_part(stage, work, batch, ledger))
+            base = ledger.mark() if number == 0 else base
     return stages, base
-
-
-def _numbers(placed: Placed) -> list[int]:
-    schedule: Any = placed.pipe.schedule if placed.pipe is not None else None
-    return [stage.stage_index for stage in _of(schedule)]
 
 
 def _of(schedule: Any) -> list[Any]:
@@ -252,14 +296,12 @@ def _of(schedule: Any) -> list[Any]:
     return list(schedule._stages) if hasattr(schedule, "_stages") else [schedule._stage]
 
 
-def _unshards(schedule: Any, rank: int) -> dict[int, int]:
-    """Return how often the schedule gathers each stage's weights; 1F1B leaves that to FSDP, which does it once."""
+def _unshards(schedule: Any, place: int) -> tuple[int, ...]:
+    """Return how often the schedule gathers the weights of each stage at `place`; 1F1B leaves that to FSDP, once."""
     table = getattr(schedule, "pipeline_order_with_comms", None)
-    counts: dict[int, int] = {}
-    for action in table[rank] if table else ():
-        if action.computation_type.name == "UNSHARD":
-            counts[action.stage_index] = counts.get(action.stage_index, 0) + 1
-    return counts
+    counts = Counter(action.stage_index for action in (table[place] if table else ())
+                     if action.computation_type.name == "UNSHARD")
+    return tuple(counts[work.stage_index] for work in _of(schedule))
 
 
 def _whole(engine: Engine, batch: dict[str, Tensor], ledger: Ledger, last: bool) -> Pass:
@@ -276,11 +318,14 @@ def _whole(engine: Engine, batch: dict[str, Tensor], ledger: Ledger, last: bool)
     return Pass(after - before, made[0], backward, (made[1], flops - made[1]), traffic)
 
 
-def _part(stage: Stage, root: nn.Module, batch: dict[str, Tensor], ledger: Ledger, run: Run) -> Pass:
-    """Return what a micro-batch does in a stage of a pipeline, without the exchange of gradients."""
-    first, last = stage.number == 0, bool(root.part.last)                   # type: ignore[union-attr]
-    x = batch["ids"] if first else _between(run).requires_grad_()
-    upstream = None if last else _between(run)
+def _part(stage: Stage, work: Any, batch: dict[str, Tensor], ledger: Ledger) -> Pass:
+    """Return what a micro-batch does in a stage of a pipeline, without the exchange of gradients.
+
+    work: PyTorch's own object, which knows what its neighbours send and expect.
+    """
+    root, expected = work.submod, work._user_meta
+    x = batch["ids"] if work.is_first else _empty(expected.inputs[0]).requires_grad_()
+    upstream = None if work.is_last else _empty(expected.outputs[0])
     before = ledger.mark()
     ledger.take()
     out = root(x, **{name: column for name, column in batch.items() if name != "ids"})
@@ -293,24 +338,27 @@ def _part(stage: Stage, root: nn.Module, batch: dict[str, Tensor], ledger: Ledge
     (out.sum() if upstream is None else out).backward(None if upstream is None else upstream.to(out.dtype))
     backward = ledger.peak - after
     traffic, flops = ledger.take()
-    stage.entered = 0 if first else x.numel() * x.element_size()
-    stage.sent = 0 if upstream is None else out.numel() * out.element_size()
+    stage.entered = 0 if work.is_first else _size(x)
+    if upstream is not None:
+        stage.sent = _size(upstream)
+        if (out.shape, out.dtype) != (upstream.shape, upstream.dtype):
+            stage.misfit = f"{out.dtype} {list(out.shape)} / {upstream.dtype} {list(upstream.shape)}".replace("torch.", "")
     return Pass(after - before, made[0], backward, (made[1], flops - made[1]), traffic)
 
 
-def _between(run: Run) -> Tensor:
-    """Return what one stage sends another."""
-    layout = run.layout
-    tokens = run.length // layout.cp // (layout.tp if layout.sequence else 1)
-    kind = DTYPES[run.precision] if run.precision == "fp64" else torch.float32
-    return torch.empty(run.part_rows, tokens, run.network.width, dtype=kind)
+def _empty(meta: Any) -> Tensor:
+    return torch.empty(meta.shape, dtype=meta.dtype)
 
 
-def _close(placed: Placed, ledger: Ledger) -> int:
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _close(model: Placed, ledger: Ledger) -> int:
     """Exchange the gradients of a pipeline's stages, as its schedule does at the end; return the bytes that needs."""
     before = ledger.mark()
-    if placed.pipe is not None:
-        for stage in _of(placed.pipe.schedule):
+    if model.pipe is not None:
+        for stage in _of(model.pipe.schedule):
             stage.perform_reduce_grad(1)
     return ledger.peak - before
 

@@ -141,6 +141,8 @@ def _environment(world: int, again: bool) -> Iterator[None]:
             "TORCHELASTIC_SIGNALS_TO_HANDLE": "",        # none: they are handled here
             "OMP_NUM_THREADS": before.get("OMP_NUM_THREADS") or str(max(1, cores // world)),
             "DANLU_SUPERVISOR": str(os.getpid()), "DANLU_TOLD": folder,
+            # workers on one machine talk over its loopback, where nobody else can listen in
+            **{name: before.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if sys.platform == "linux"},
             "DANLU_FAULT": "" if again else before.get("DANLU_FAULT", ""),     # a planted fault happens once
         }
         try:
@@ -272,17 +274,21 @@ def _is_stopped(pid: int) -> bool:
 
 def _agent(words: list[str], world: int) -> Any:
     """Return the agent that will start `words` in `world` processes that meet on this machine."""
+    from torch.distributed import HashStore
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # port 0: the store takes a free one; an address and no name, for a laptop's own name often leads nowhere
-    meeting = RendezvousParameters(backend="c10d", endpoint="127.0.0.1:0", run_id=secrets.token_hex(8), min_nodes=1,
-                                   max_nodes=1, local_addr="127.0.0.1")
+    # This agent is the only one: it meets itself in a store of this process, which no port leads to.
+    # An address and no name, for a laptop's own name often leads nowhere.
+    meeting, store = RendezvousParameters(backend="c10d", endpoint="127.0.0.1:0", run_id=secrets.token_hex(8), min_nodes=1,
+                                          max_nodes=1, local_addr="127.0.0.1"), HashStore()
+    handler = create_handler(store, C10dRendezvousBackend(store, meeting.run_id), meeting)
     spec = WorkerSpec(role="danlu", local_world_size=world, entrypoint=words[0], args=tuple(words[1:]), max_restarts=0,
-                      rdzv_handler=get_rendezvous_handler(meeting), monitor_interval=0.1, local_addr="127.0.0.1")
+                      rdzv_handler=handler, monitor_interval=0.1, local_addr="127.0.0.1")
     return LocalElasticAgent(spec, logs_specs=DefaultLogsSpecs(log_dir=os.devnull))
