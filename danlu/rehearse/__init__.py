@@ -32,7 +32,7 @@ class Memory(NamedTuple):
     """Bytes of one process at its peak."""
 
     weights: int
-    gradients: int                                       # of what it trains, complete; more than that is in `rest`
+    gradients: int                                       # of what it holds; more, such as of gathered weights, is in `rest`
     optimizer: int
     activations: int                                     # kept for backward passes, of all micro-batches on their way
     rest: int                                            # gathered weights and gradients, logits, messages, working memory
@@ -143,8 +143,13 @@ def _memory(run: Run, one: Traced, order: Sequence[Action]) -> Memory:
     peak = max(peak, one.closing) + one.base - one.weights + messages
     own, gradients, optimizer = _static(one, _slots(run, one), {"replicate": 0, "shard": 0, "tp": 0})
     host = own + gradients + optimizer if run.layout.offload and run.device != "cpu" else 0
-    rest = max(0, peak - at_peak - gradients) + one.weights - own
-    return Memory(0 if host else own, 0 if host else gradients, 0 if host else optimizer, at_peak, rest, host)
+    made = min(gradients, peak - at_peak)                # before the first backward pass there are none
+    rest = peak - at_peak - made + one.weights - own
+    if host:
+        return Memory(0, 0, 0, at_peak, rest, host)
+    if made + at_peak + rest < gradients:                # so much the optimizer's step needs
+        return Memory(own, gradients, optimizer, 0, 0)
+    return Memory(own, made, optimizer, at_peak, rest)
 
 
 def _slots(run: Run, one: Traced) -> dict[str, list[Slot]]:

@@ -9,7 +9,7 @@ is stood in for, and no number depends on it:
 - the pipeline's schedule asks its neighbours for an answer before the first step: so stages are called one by one;
 - DDP looks at the memory of its parameters: its buckets are those that its own function deals out;
 - `offload` and CUDA's kernels are not there.  For an accelerator the head takes its larger chunks, and attention keeps no
-  dropout mask, as the fused kernels do.  `compile` is left out; what it fuses needs less memory, never more.
+  dropout mask, as the fused kernels do.  `compile` is left out, and so is what libraries and allocators take.
 """
 
 from __future__ import annotations

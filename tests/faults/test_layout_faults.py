@@ -270,6 +270,20 @@ def test_ten_kills_are_ten_recoveries(start: Callable[..., Started], references:
         assert weights(run.out) == weights(reference)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 1.5, 3.0])
+def test_a_worker_killed_before_its_first_step_is_started_again(start: Callable[..., Started], references: Callable[..., Path],
+                                                                delay: float) -> None:
+    run = start(*COPIES)
+    run.until(lambda: 1 in run.workers())
+    time.sleep(delay)                                    # while it imports, meets the other, builds
+    os.kill(run.workers()[1], signal.SIGKILL)
+    ended = run.ended()
+    assert ended.code == 0 and "rank 1 was killed by SIGKILL; starting again" in ended.err, ended.err
+    whole(run.out, references(*COPIES))
+    assert weights(run.out) == weights(references(*COPIES))
+
+
 def saved(out: Path) -> set[int]:
     return {int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*")}
 
@@ -371,8 +385,9 @@ def test_a_bad_gradient_of_one_rank_is_skipped_by_all(start: Callable[..., Start
 
 @pytest.mark.parametrize(("changes", "words"), [
     (["layout.tp=3"], "layout.tp=3 does not divide model.heads=4; use one of [1, 2, 4]"),
-    (["layout.dp=3", "layout.pp=4"], "layout.dp=3 does not divide rows=8; use one of [1, 2, 4, 8]"),
-    (["layout.pp=2"], "set layout.micro to one of [2, 4, 8]"),
+    pytest.param(["layout.dp=3", "layout.pp=4"], "layout.dp=3 does not divide rows=8; use one of [1, 2, 4, 8]",
+                 marks=pytest.mark.slow),
+    pytest.param(["layout.pp=2"], "set layout.micro to one of [2, 4, 8]", marks=pytest.mark.slow),
 ])
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(start: Callable[..., Started], changes: list[str],
                                                                    words: str) -> None:
