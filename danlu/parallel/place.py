@@ -114,6 +114,8 @@ class Placed:
         if self.pipe is None:
             for root in self.roots if self.sharded else ():
                 root.set_requires_gradient_sync(last)                       # type: ignore[operator]
+                if self.world.layout.shard == "grads":   # the weights stay whole until the step is over
+                    root.set_reshard_after_backward(last)                   # type: ignore[operator]
         return nullcontext()
 
     def leaves(self) -> list[Leaf]:
@@ -168,7 +170,8 @@ def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, 
     from danlu.parallel import pipeline
 
     layout = world.layout
-    numbers, blocks = pipeline.mine(layout, world.index("pp")), pipeline.bounds(layout, cfg.layers)
+    numbers = pipeline.mine(layout, world.index("pp"))
+    blocks = pipeline.ranges_of(layout, cfg)
     parts, roots, span = [], [], None
     for number in numbers:
         part = _made(cfg, world, precision)

@@ -40,7 +40,7 @@ from danlu.objectives.lm import MaskedLM
 from danlu.objectives.mixture import Mixture
 from danlu.objectives.protocol import Objective
 from danlu.parallel import DTYPES, World
-from danlu.parallel.pipeline import bounds
+from danlu.parallel.pipeline import ranges_of
 from danlu.parallel.place import Placed, place
 from danlu.parallel.world import meshed
 from danlu.rehearse.ledger import Kind, Ledger, Traffic, changed, following
@@ -281,7 +281,7 @@ def _stages(run: Run, model: Placed, engine: Engine, ledger: Ledger) -> tuple[li
             only.passes.append(_whole(engine, batch, ledger, last))
             base = ledger.mark() if number == 0 and not last else base
         return [only], base
-    ranges = bounds(layout, run.network.layers)
+    ranges = ranges_of(layout, run.network)
     works = _of(pipe.schedule)
     stages, base = [Stage(work.stage_index, len(ranges[work.stage_index])) for work in works], 0
     for number in range(2):

@@ -39,7 +39,7 @@ def case(**fields: Any) -> dict[str, Any]:
 
 FOUR = {
     "ddp": case(dp=4), "ddp, micro": case(dp=4, micro=2), "fsdp": case(dp=4, shard="full", micro=2),
-    "fsdp grads": case(dp=4, shard="grads"), "hsdp": case(dp=4, shard="hybrid", group=2), "tp": case(tp=4, micro=2),
+    "fsdp grads": case(dp=4, shard="grads", micro=2), "hsdp": case(dp=4, shard="hybrid", group=2), "tp": case(tp=4, micro=2),
     "tp+sp": case(tp=4, sequence=True), "cp": case(cp=4, micro=2), "cp fsdp": case(cp=2, dp=2, shard="full"),
     "cp ddp": case(cp=2, dp=2), "pp 1f1b": case(pp=4, micro=4),
     "pp interleaved": case(pp=2, dp=2, micro=4, pipeline="interleaved"),

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from danlu.data.shards import Shards
 from danlu.data.tokenizer import Tokenizer
 from danlu.layout import Layout
+from danlu.models.build import build
+from danlu.models.decoder import Decoder
 from danlu.objectives.lm import CausalLM
 from danlu.parallel import context, pipeline
 from danlu.train.feed import Steps, stream
@@ -36,6 +38,10 @@ def test_stages_take_every_block_once_in_order(pp: int, more: int) -> None:
 
 def test_the_last_stage_bears_the_head() -> None:
     assert [len(s) for s in pipeline.bounds(Layout(pp=4), 31)] == [8, 8, 8, 7]
+    assert [len(s) for s in pipeline.bounds(Layout(pp=8), 96)] == [12] * 8
+    assert [len(s) for s in pipeline.bounds(Layout(pp=4), 16, head=4.0)] == [5, 5, 5, 1]
+    small = build(Decoder(width=32, layers=4, heads=4, vocab=320))
+    assert pipeline.head_cost(small) == 320 * 32 / sum(p.numel() for p in small.blocks[0].parameters())
     assert [len(s) for s in pipeline.bounds(Layout(pp=2, stages=(1, 3)), 4)] == [1, 3]
 
 
