@@ -48,7 +48,8 @@ def _verbs() -> dict[str, Verb]:
         "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), _report),
         "ckpt": Verb("danlu.verbs.ckpt", _("list, verify or hash checkpoints"), _ckpt),
         "doctor": Verb("danlu.doctor", _("what this machine and installation can do"), _doctor),
-        "config": Verb("danlu.verbs.config", _("the schema of a recipe, or a check of one"), _config),
+        "config": Verb("danlu.verbs.config", _("the schema of a recipe, or a check of one"), _config, recipe=True,
+                       options=_config_options),
         "version": Verb("danlu.verbs.version", _("the version"), lambda parser: None),
     }
 
@@ -302,6 +303,10 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    _recipe(parser)
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["schema", "check"], help=_("what to do"))
-    parser.add_argument("file", nargs="?", type=Path, help=_("the YAML file"))
     parser.add_argument("--verb", dest="about", default="train", choices=["train", "prepare"], help=_("whose file it is"))
