@@ -132,6 +132,11 @@ class Encoder(Model):
         given |= {"outputs": tuple(heads)} if self.outputs is None else {}
         return Encoder.model_validate(given)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the last layer reads the token embedding, too: the masked head's vocabulary is that."""
+        return "mlm" in (self.outputs or ())
+
     def with_heads(self, heads: Sequence[str]) -> Encoder:
         """Return the config with `heads` alone, of those there are.  Raises IncompatibleError for others."""
         held = self.outputs or ()

@@ -73,12 +73,11 @@ def cut(model: nn.Module, number: int, blocks: Sequence[range]) -> None:
     first, last = number == 0, number == len(blocks) - 1
     model.blocks = nn.ModuleDict({str(i): block for i, block in numbered(model.blocks) if i in blocks[number]})   # type: ignore[arg-type]
     model.last = last                                                       # type: ignore[assignment]
-    table = last and (model.head is None or (hasattr(model.head, "bias") and not isinstance(model.head, nn.Linear)))
     if not first:
         for name in ("position", "types", "embed_norm"):
             if hasattr(model, name):
                 setattr(model, name, None)
-    if not first and not table:
+    if not first and not (last and model.cfg.tied):                         # type: ignore[union-attr]
         model.embed = None                                                  # type: ignore[assignment]
     if not last:
         for name in ("norm", "head", "pooler"):

@@ -133,7 +133,7 @@ class Placed:
     def tied(self) -> tuple[str, ...]:
         """The parameters that the first and the last stage both have."""
         cfg = self.parts[0].cfg
-        return ("embed.weight",) if self.world.layout.pp > 1 and (cfg.kind == "encoder" or cfg.tied) else ()
+        return ("embed.weight",) if self.world.layout.pp > 1 and cfg.tied else ()
 
     def partial(self) -> list[str]:
         """Return the names of gradients that are summands within a tensor-parallel group."""

@@ -61,6 +61,8 @@ MODELS: dict[str, tuple[Config, Objective]] = {
     "causal LM": (Decoder(family="qwen3", width=32, layers=4, heads=4, kv_heads=4, hidden=64, vocab=VOCAB, context=LENGTH),
                   CausalLM(smoothing=0.1, z_loss=1e-3)),
     "causal LM, tied": (Decoder(family="gpt2", width=32, layers=4, heads=4, vocab=VOCAB, context=LENGTH), CausalLM()),
+    "NSP": (Encoder(width=32, layers=4, heads=4, vocab=VOCAB, context=LENGTH, dropout=0.0, attention_dropout=0.0,
+                    outputs=("nsp",)), NextSentence()),
     "MLM+NSP": (Encoder(width=32, layers=4, heads=4, vocab=VOCAB, context=LENGTH, dropout=0.0, attention_dropout=0.0,
                         outputs=("mlm", "nsp")),
                 Mixture(parts=(Part(objective=MaskedLM()), Part(objective=NextSentence(), weight=0.5)))),
