@@ -38,6 +38,8 @@ class Outer:
         for anchor, leaf in zip(self.anchors, self.leaves, strict=True):
             state = optimizer.state[leaf.local]
             move = self._mean(anchor - leaf.local)
+            if not state and not move.any():             # all updates were skipped: an optimizer begins with an empty state
+                continue
             velocity = state.setdefault(SLOT, torch.zeros_like(anchor))
             velocity.mul_(self.local.momentum).add_(move)
             anchor.sub_(move.add_(velocity, alpha=self.local.momentum), alpha=self.local.lr)
