@@ -7,6 +7,7 @@ are the one thing that a layout does change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from danlu import files, parallel, tensorfile
+from danlu.errors import NumericError
 from danlu.layout import Layout
 from danlu.log import silence
 from danlu.nn import placed
@@ -26,6 +28,7 @@ from danlu.train.feed import Steps
 from danlu.train.recipe import Run
 from danlu.train.setup import assemble, make_model, open_data, settle
 from danlu.train.step import Engine
+from danlu.words import _
 
 NOTHING = 1e-9                                           # share of the gradient's norm below which a parameter's is rounding
 
@@ -60,6 +63,9 @@ def look(run: Run, world: World, steps: int, precision: str) -> Iterator[tuple[E
             return True
 
         norm = engine.update(work.optimizer, work.plan.lr * work.plan.schedule.at(step, work.plan.total), allow=keep)
+        if not math.isfinite(norm):                      # a NaN is larger than nothing: it would look like agreement
+            raise NumericError(_("loss {loss} or gradient norm {norm} is not finite").format(
+                loss=float((losses * engine.scales).sum()), norm=norm), where=_("step {step}").format(step=step))
         yield engine, Seen(losses, norm, gradients)
 
 
@@ -106,5 +112,5 @@ def _apart(mine: Tensor | None, leaf: Leaf, path: Path, norm: float) -> float:
         there = file.get_slice(leaf.name)[:]
     part = there[placed.extent(leaf.param).slices]
     if mine is None or not part.numel():
-        return 0.0 if not part.numel() else float("inf")
+        return 0.0 if not part.numel() else 1.0
     return float((mine.cpu() - part).abs().max()) / max(float(there.abs().max()), NOTHING * norm)

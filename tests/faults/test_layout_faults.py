@@ -464,3 +464,9 @@ def test_a_save_that_fails_in_one_rank_is_told_once_and_the_run_goes_on(start: C
     assert 12 not in {line.get("saved") for line in told(run.out)}
     whole(run.out, references(*SHARDS))
     assert weights(run.out) == weights(references(*SHARDS))
+
+
+def test_a_layout_whose_gradients_are_no_numbers_is_not_verified(recipe: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(command("verify", "layout", recipe, "--out", tmp_path / "run", "layout.pp=2", "layout.micro=2"),
+                           env=environment("rank1.grad:nan"), capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 6 and "is not finite" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
