@@ -84,18 +84,6 @@ class World:
         """Return whether the flag is set in any process."""
         return bool(self.add(torch.tensor(float(flag))).item()) if self.mesh is not None else flag
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
-        if self.mesh is not None:
-            self.add(torch.zeros(1))
-
-    def tell(self, number: int) -> int:
-        """Return the first process's `number`; called by all."""
-        if self.mesh is None:
-            return number
-        held = torch.tensor([number if self.main else 0], dtype=torch.int64)
-        return int(self.add(held).item())
-
 
 def join(layout: Layout, device: torch.device) -> World:
     """Meet the other processes that a launcher has started.  ConfigError if they are not as many as the layout needs."""

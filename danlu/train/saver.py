@@ -92,8 +92,9 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     saver.finish(work.progress)
     assert saver.last is not None
     engine, world = work.engine, work.engine.world
+    rows = run.step_rows if run.layout.pp > 1 else run.layout.dp               # a pipeline takes no other number
     batch, _after = next(iter(Steps(work.rows, run.objective, data.tokenizer.special, length=run.length, seed=run.seed,
-                                    per_step=1 if world.size == 1 else run.step_rows, position=work.progress.position,
+                                    per_step=rows, position=work.progress.position,
                                     share=(world.index("dp"), run.layout.dp))))
     batch = engine.to_device(batch)
     work.model.eval()

@@ -26,6 +26,7 @@ from danlu.train import checkpoint, guard, receipt
 from danlu.train.feed import stream
 from danlu.train.loop import Plan, Progress
 from danlu.train.recipe import Run, Source
+from danlu.train.shards import Crew
 from danlu.train.step import Engine
 from danlu.words import _
 
@@ -90,10 +91,9 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
             _("the tokenizer has {n} ids and the model {m}").format(n=max(special.size, top + 1), m=model.vocab),
             fix=_("set model.vocab={n}, or use the tokenizer the model was trained with").format(n=special.size))
     before = files.read_json(found / "manifest.json") if found else {}
-    if run.precision == "auto":                          # measured, so that processes might not agree: the first decides
-        names = list(parallel.DTYPES)
-        measured = world.tell(names.index(parallel.fastest(world.device)) if world.main else 0)
-        changes["precision"] = before.get("precision") or names[measured]
+    crew = Crew(world.saving)                            # of what is measured, processes might not agree: the first decides
+    if run.precision == "auto":
+        changes["precision"] = before.get("precision") or crew.first(lambda: parallel.fastest(world.device))
     run = run.model_copy(update=changes)
     if run.layout.offload and world.device.type == "cpu":
         raise ConfigError(_("layout.offload moves weights from a device to the host, and this device is the host"),
@@ -108,7 +108,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     if run.paths == "rule":
         return run, paths.rule(world.device, dtype, run.length, causal=causal)
     shape = (run.part_rows, model.heads, run.length, model.width // model.heads)
-    return run, paths.choose(world.device, dtype, shape, causal=causal)
+    return run, crew.first(lambda: paths.choose(world.device, dtype, shape, causal=causal))
 
 
 def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:

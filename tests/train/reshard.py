@@ -91,7 +91,7 @@ def through(folder: Path, case: Case) -> None:
         writer = checkpoint.Writer(folder / target / kind, done=lambda path: None, group=held.world.saving)
         if held.world.main:
             writer.out.mkdir(parents=True)
-        held.world.wait()
+        dist.barrier()
         writer.submit(held.snapshot())
         for tensor in held.tensors.values():
             placed.local(tensor).fill_(float("nan"))     # training goes on meanwhile
@@ -106,7 +106,7 @@ def failing(folder: Path) -> None:
     writer = checkpoint.Writer(out, done=lambda path: None, group=held.world.saving)
     if held.world.main:
         out.mkdir()
-    held.world.wait()
+    dist.barrier()
     writer.submit(held.snapshot(1), wait=True)
     assert writer.poll() is None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -121,10 +121,10 @@ def failing(folder: Path) -> None:
         writer.submit(held.snapshot(2, writer.spare), wait=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         error = writer.poll()
-        held.world.wait()                                # until the first has cleared up
+        dist.barrier()                                # until the first has cleared up
         assert error is not None and re.search(words, str(error)), (words, error)
         assert [p.name for p in out.iterdir()] == ["checkpoint-1"]
-        held.world.wait()
+        dist.barrier()
     assert writer.failures == 5
     writer.submit(held.snapshot(3, writer.spare), wait=True)
     assert writer.poll() is None and writer.failures == 0
