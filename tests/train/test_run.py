@@ -15,6 +15,7 @@ import danlu
 from danlu import config
 from danlu.data.shards import Shards
 from danlu.data.tokenizer import Tokenizer
+from danlu.errors import ConfigError
 from danlu.parallel import World
 from danlu.train import checkpoint
 from danlu.train.recipe import Run
@@ -47,6 +48,11 @@ def first_step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                                     length=run.length, seed=run.seed, position=work.progress.position)))
     losses = work.engine.forward_backward(batch, step=0)
     return losses, {n: p.grad.clone() for n, p in work.model.named_parameters() if p.grad is not None}
+
+
+def test_compile_is_refused_where_matrices_are_cut(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set compile=false"):
+        recipe(corpus, tmp_path / "run", compile=True, layout={"tp": 2})
 
 
 def test_a_checkpoint_opens_in_transformers_with_the_same_loss(corpus: Path, tmp_path: Path) -> None:
