@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import danlu
@@ -60,7 +61,7 @@ def show(facts: list[Fact]) -> None:
     topic = ""
     for fact in facts:
         mark = " " if fact.good else "[bold red]![/]"
-        table.add_row(mark, "" if fact.topic == topic else f"[bold]{fact.topic}[/]", fact.name, str(fact.value))
+        table.add_row(mark, "" if fact.topic == topic else f"[bold]{fact.topic}[/]", fact.name, escape(str(fact.value)))
         topic = fact.topic
     console = Console(highlight=False)
     console.print(table)

@@ -141,6 +141,9 @@ class Layout(Model):
 def _divides(key: str, value: int, name: str, whole: int) -> str:
     choices = [n for n in range(1, whole + 1) if whole % n == 0]
     shown = choices if len(choices) < 13 else [*choices[:12], "…"]
+    if name not in ("rows", "model.vocab"):              # another number of heads, say, would be another model
+        return _("{key}={value} does not divide {name}={whole}; use one of {choices}").format(
+            key=key, value=value, name=name, whole=whole, choices=shown)
     return _("{key}={value} does not divide {name}={whole}; use one of {choices}, or {name}={near}").format(
         key=key, value=value, name=name, whole=whole, choices=shown, near=_up(whole, value))
 

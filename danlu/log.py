@@ -117,8 +117,8 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """Return 1234567 as '1.23M'."""
+    """Return 1234567 as '1.23M', 418.96 as '419'."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
+    return f"{number:.0f}" if abs(number) >= 10 else f"{number:.3g}"

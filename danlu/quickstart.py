@@ -180,7 +180,7 @@ def make_recipe(out: Path, data: Path, device: torch.device, *, steps: int | Non
             ms=1000 * seconds, threads=threads, steps=number, tokens=count(number * ROWS * LENGTH),
             time=duration(number * seconds)))
         head = PRETRAIN.format(file=shlex.quote(str(recipe)), minutes=minutes)
-        files.write_text(recipe, head + config.to_yaml(draft(out, data, number, threads), only_set=True))
+        files.write_text(recipe, head + config.to_yaml(draft(out, data, number, threads, device), only_set=True))
         say(_("wrote {corpus} and {recipe}, which repeat this").format(corpus=out / "corpus.yaml", recipe=recipe))
     run = config.load(Run, recipe)
     if steps not in (None, run.steps):
@@ -190,7 +190,7 @@ def make_recipe(out: Path, data: Path, device: torch.device, *, steps: int | Non
     return run
 
 
-def draft(out: Path, data: Path, steps: int, threads: int) -> Run:
+def draft(out: Path, data: Path, steps: int, threads: int, device: torch.device) -> Run:
     """Return the recipe of a small Llama; a report is asked for where it can be drawn."""
     drawable = importlib.util.find_spec("matplotlib") is not None
     if not drawable:
@@ -199,6 +199,7 @@ def draft(out: Path, data: Path, steps: int, threads: int) -> Run:
         "out": str(out / "run"), "data": [{"path": str(data)}],
         "model": {**MODEL, **SIZE},
         "objective": {"kind": "causal_lm"},
+        "precision": parallel.fastest(device),           # as measured now: what repeats the run must not measure anew
         "optim": {"kind": "muon", "lr": 0.03, "adam_lr": 0.02, "weight_decay": 0.05},
         "schedule": {"kind": "wsd", "warmup": 0.03, "decay": 0.8, "shape": "linear", "floor": 0.02},
         "steps": steps, "rows": ROWS, "length": LENGTH, "overlong": "split", "threads": threads,
@@ -215,7 +216,7 @@ def fastest_threads(out: Path, data: Path, device: torch.device) -> tuple[float,
     size, found = Tokenizer.load(data / "tokenizer").special.size, []
     for threads in sorted({1, torch.get_num_threads()}, reverse=True):
         torch.set_num_threads(threads)
-        found.append((probe(draft(out, data, 1, threads), size, device), threads))
+        found.append((probe(draft(out, data, 1, threads, device), size, device), threads))
     torch.set_num_threads(min(found)[1])
     return min(found)
 

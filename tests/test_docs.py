@@ -139,8 +139,11 @@ def check_recipe(verb: cli.Verb, words: list[str], folder: Path) -> None:
     """Load the recipe that a command names, or the one that the pages show, with the command's overrides."""
     options, rest = cli.recipe_options(verb, words)
     recipe, overrides = cli.recipe_words(rest)
+    if options.get("action") == "schema":
+        return
     assert recipe is not None
-    cls, page = (Prepare, "data.md") if words[0] == "prepare" else (Run, "training.md")
+    prepares = words[0] == "prepare" or options.get("about") == "prepare"
+    cls, page = (Prepare, "data.md") if prepares else (Run, "training.md")
     if not (ROOT / recipe).is_file():
         assert recipe.parent == Path("."), f"{recipe} is not in the repository"
         (folder / recipe).write_text(shown(page), encoding="utf-8")

@@ -16,7 +16,7 @@ MODEL = {"heads": 8, "kv_heads": 2, "hidden": 256, "layers": 6, "vocab": 320}
 @pytest.mark.parametrize(("fields", "told"), [
     ({"dp": 3}, "layout.dp=3 does not divide rows=16; use one of [1, 2, 4, 8, 16], or rows=18"),
     ({"dp": 2, "micro": 3}, "layout.micro=3 does not divide rows/dp=8"),
-    ({"tp": 4}, "layout.tp=4 does not divide model.kv_heads=2; use one of [1, 2], or model.kv_heads=4"),
+    ({"tp": 4}, "layout.tp=4 does not divide model.kv_heads=2; use one of [1, 2]"),
     ({"tp": 3}, "layout.tp=3 does not divide model.heads=8"),
     ({"cp": 3}, "layout.cp=3 needs a length that 2·cp divides, for example 36"),
     ({"pp": 8, "micro": 8}, "8 stages need as many blocks, and model.layers=6"),

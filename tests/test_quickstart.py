@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from danlu import cli, config, fault, quickstart, schedule
 from danlu.data.prepare import Prepare
@@ -90,7 +91,7 @@ def test_too_little_is_refused_before_anything_is_made(tmp_path: Path) -> None:
 
 def test_the_least_steps_make_a_recipe(small: Path) -> None:
     for steps in range(5, 60):
-        schedule.check(quickstart.draft(Path("q"), Path("d"), steps, 1).schedule, steps)
+        schedule.check(quickstart.draft(Path("q"), Path("d"), steps, 1, torch.device("cpu")).schedule, steps)
 
 
 def test_nothing_of_the_library_is_run_and_its_texts_are_found(tmp_path: Path) -> None:

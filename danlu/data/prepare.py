@@ -159,6 +159,9 @@ def _tokenizer(job: Job, state: Progress, bounds: dict[str, split.Bounds] | None
                         where=str(folder), fix=_("set overwrite: true to do it again"))
     chosen.save(folder)
     state.save(tokenizer=chosen.sha256)
+    if not isinstance(job.cfg.tokenizer, Loaded) and chosen.size < job.cfg.tokenizer.vocab:
+        job.say(_("the text gave {n} tokens, fewer than the {wanted} asked for").format(
+            n=chosen.size, wanted=job.cfg.tokenizer.vocab))
     return Tokenizer.load(folder)
 
 

@@ -359,6 +359,7 @@ class Writer:
     def __init__(self, out: Path, *, done: Callable[[Path], None], group: dist.ProcessGroup | None = None) -> None:
         self.out, self.done, self.group = out, done, group
         self.thread: threading.Thread | None = None
+        self.alive: Callable[[], None] = lambda: None
         self.spare: Snapshot | None = None
         self.error: BaseException | None = None
         self.failures = 0
@@ -384,9 +385,11 @@ class Writer:
         self.spare = snap
 
     def wait(self) -> None:
-        """Return when no save is under way."""
+        """Return when no save is under way; `alive` is called every second until then."""
         if self.thread is not None:
-            self.thread.join()
+            while self.thread.is_alive():
+                self.thread.join(1.0)
+                self.alive()
             self.thread = None
 
     def poll(self) -> BaseException | None:

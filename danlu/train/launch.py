@@ -58,7 +58,8 @@ def supervise(arguments: list[str], *, world: int, run_folder: Path, max_restart
                 return code
             reached = _newest(run_folder)
             row, step, again = (0 if reached > step else row), max(step, reached), True
-            if row == max_restarts:
+            # a traceback of Python may come of another rank's end, once; twice it is a mistake that will stay
+            if row >= (min(1, max_restarts) if code == 1 else max_restarts):
                 raise TemporaryError(
                     _("{why}; {n} restarts in a row have brought no new checkpoint").format(why=told(rank, code), n=row),
                     fix=_("see what the workers said above; the same command tries again"))

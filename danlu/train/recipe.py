@@ -129,8 +129,8 @@ class Run(Model):
         if self.every.sample and (layout.pp > 1 or layout.cp > 1 or layout.sequence):
             problems.append(_("samples are written by processes that see whole rows through all blocks; set every.sample=0 with "
                               "layout.pp, layout.cp or layout.sequence"))
-        if self.compile and layout.tp > 1:
-            problems.append(_("compile cannot follow matrices that layout.tp cuts; set compile=false"))
+        if self.compile and (layout.tp > 1 or layout.cp > 1):
+            problems.append(_("compile cannot follow what layout.tp and layout.cp exchange inside a block; set compile=false"))
         if layout.local is not None:
             if self.ema is not None:
                 problems.append(_("ema averages one model, and layout.local trains several; leave one of them out"))

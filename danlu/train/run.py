@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,16 @@ def _given(steps: Steps, work: Work, alive: Callable[[], None]) -> Iterator[Batc
 
 def hooks(run: Run, work: Work, data: Data, saver: Saver, watchdog: Watchdog) -> Hooks:
     """Return what the loop calls out for."""
-    started = work.progress.step
+    started, size = work.progress.step, 0
+
+    def writing() -> None:
+        nonlocal size
+        with suppress(FileNotFoundError):                # renamed meanwhile
+            size, before = saver.growth(), size
+            if size != before:
+                watchdog.beat(work.progress.step, "save")
+
+    saver.writer.alive = writing
 
     def beat(step: int, phase: str) -> None:
         if step > started:                               # the limit before the first step, which may compile, is another
@@ -144,14 +154,15 @@ def averaged(work: Work, do: Callable[[], Any]) -> Any:
 
 def show_sample(run: Run, work: Work, data: Data, most: int = 48) -> None:
     """Print a short text that the model writes, and keep it in samples.jsonl."""
-    model = work.model.whole
+    model, eos = work.model.whole, data.tokenizer.special.eos
     if not isinstance(model, DecoderModel) or not data.held_out or run.length < 2:
         return
     prompt = data.held_out[0].document(0).ids[: min(8, run.length // 2)].tolist()
     work.model.eval()
     out = list(generate(model, prompt, max_new_tokens=min(most, run.length - len(prompt)), temperature=0.8, top_k=50,
-                        eos=data.tokenizer.special.eos, seed=work.progress.step))
+                        eos=eos if work.engine.world.size == 1 else None, seed=work.progress.step))
     work.model.train()
+    out = out[: out.index(eos)] if eos in out else out   # processes compute together, so none may stop before another
     text = data.tokenizer.decode([*prompt, *out])
     if work.engine.world.main:
         files.append_line(run.out / "samples.jsonl", {"step": work.progress.step, "text": text})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from danlu import config
+from danlu import config, files
 from danlu.errors import NumericError, ResourceError
 from danlu.log import duration, say
 from danlu.nn import paths
@@ -54,9 +54,13 @@ class Saver:
         self.last, self.at = path, time.monotonic()
         if not self.work.engine.world.main:
             return
-        best = self.work.progress.best_step
+        best = files.read_json(path / "trainer_state.json")["best_global_step"]      # by now there may be a better one, unsaved
         checkpoint.prune(self.run.out, keep=self.run.every.keep,
                          best=self.run.out / f"checkpoint-{best}" if best is not None else None)
+
+    def growth(self) -> int:
+        """Return the bytes of the checkpoint that is being written: while they grow, a wait for it is no hang."""
+        return sum(p.stat().st_size for p in self.run.out.glob(".tmp-checkpoint-*/**/*") if p.is_file())
 
     def age(self) -> str:
         return duration(time.monotonic() - self.at) if self.at is not None else ""

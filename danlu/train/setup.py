@@ -185,19 +185,22 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
 
 
 def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
-    """Write the receipt, say the plan, and look for evaluation rows in the training data."""
+    """Write the receipt, say the plan, and look for evaluation rows in the training data: the first process, for all."""
+    if not work.engine.world.main:
+        return
     parameters = sum(p.numel() for p in build(run.network).parameters())
     shared = {}
     for shards in data.held_out:
         shared[str(shards.folder / shards.split)] = guard.check_overlap(data.train, shards, share=run.guard.overlap)
-    if not work.engine.world.main:
-        return
     receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.held_out)], tokenizer=data.tokenizer.sha256,
                   parameters=parameters, choice=choice.record(), audit={"overlap": shared, "rows": work.rows.counts})
     say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "
           "{threads} threads").format(
         model=run.network.kind, parameters=count(parameters), total=work.plan.total, rows=run.step_rows, length=run.length,
         precision=run.precision, device=work.engine.device.type, threads=torch.get_num_threads()))
+    axes = {name: getattr(run.layout, name) for name in ("dp", "tp", "pp", "cp") if getattr(run.layout, name) > 1}
+    if axes:
+        say(_("{n} processes: {layout}").format(n=run.layout.world, layout=" × ".join(f"{k} {v}" for k, v in axes.items())))
     lost = work.rows.counts
     if lost["split"] or lost["dropped"] or lost["cut"]:
         say(_("documents longer than a row: {split} split, {dropped} dropped, {cut} cut; {tokens} tokens are not learned "

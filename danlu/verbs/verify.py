@@ -40,7 +40,7 @@ def main(file: Path | None, overrides: list[str], *, what: str, steps: int, prec
     with tempfile.TemporaryDirectory(prefix="danlu-verify-") as name:
         say(_("{steps} steps in one process …").format(steps=steps))
         verify.reference(run, Path(name), steps, precision)
-        say(_("… and in {world}").format(world=run.layout.world))
+        say(_("… and in {n} processes").format(n=run.layout.world))
         code = launch.supervise([*command, "--against", name], world=run.layout.world, run_folder=Path(name), max_restarts=0)
         if code:
             return code
@@ -64,5 +64,5 @@ def show(made: list[dict[str, Any]]) -> None:
         table.add_column(title)
     for number, step in enumerate(made):
         name = max(step["gradients"], key=step["gradients"].__getitem__)
-        table.add_row(str(number), f"{step['loss']:.1e}", f"{step['norm']:.1e}", f"{step['gradients'][name]:.1e}", name)
+        table.add_row(str(number + 1), f"{step['loss']:.1e}", f"{step['norm']:.1e}", f"{step['gradients'][name]:.1e}", name)
     Console(file=sys.stdout).print(table)

@@ -110,10 +110,16 @@ def test_a_killed_worker_is_started_again_with_the_others(workers: Any, tmp_path
 
 def test_no_progress_ends_the_run_and_progress_prolongs_it(workers: Any, tmp_path: Path,
                                                            capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TemporaryError, match="rank 0 ended with exit code 1; 2 restarts in a row have brought no new checkpoint"):
-        workers("if start <= 2: saved(start)\nsys.exit(1)", world=1, max_restarts=2)
+    with pytest.raises(TemporaryError, match="rank 0 ended with exit code 75; 2 restarts in a row have brought no new check"):
+        workers("if start <= 2: saved(start)\nsys.exit(75)", world=1, max_restarts=2)
     assert starts(tmp_path) == [4]
     assert [line.split("in ")[-1] for line in capfd.readouterr().err.strip().splitlines()] == ["0.05 s", "0.05 s", "0.1 s"]
+
+
+def test_a_mistake_in_the_program_is_tried_once_more_and_no_oftener(workers: Any, tmp_path: Path) -> None:
+    with pytest.raises(TemporaryError, match="exit code 1; 1 restarts in a row"):
+        workers("sys.exit(1)", world=1, max_restarts=3)
+    assert starts(tmp_path) == [2]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
