@@ -82,9 +82,11 @@ class Steps(IterableDataset[Fed]):
 
 def batches(steps: Steps, *, workers: int) -> Iterator[Fed]:
     """Yield the batches of `steps`, made by `workers` processes; see `watched` for one that dies."""
+    if not workers:
+        yield from steps
+        return
     loader: DataLoader[Fed] = DataLoader(
-        steps, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
-        multiprocessing_context="fork" if workers else None, timeout=120 if workers else 0,
+        steps, batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="fork", timeout=120,
     )
     yield from loader
 

@@ -46,8 +46,9 @@ class Guard:
         """
         if len(self.history) < ENOUGH:
             return 0.0
-        mean = float(np.mean(self.history))
-        return (loss - mean) / max(float(np.std(self.history)), 0.05 * abs(mean), 1e-12)
+        history = np.fromiter(self.history, np.float64, len(self.history))      # numpy reads a deque ten times as slowly
+        mean = float(history.mean())
+        return (loss - mean) / max(float(history.std()), 0.05 * abs(mean), 1e-12)
 
     def allow(self, loss: float, norm: float, *, step: int, scaler: bool = False) -> bool:
         """Return whether the update may be made.  Raises NumericError when the run must stop.

@@ -110,7 +110,10 @@ class Engine:
     def _seed(self, step: int, number: int) -> None:
         """Seed dropout: by the step and the micro-batch, and differently where other rows, tokens or blocks are."""
         place = tuple(self.world.index(axis) for axis in ("dp", "cp", "pp"))
-        torch.manual_seed(chance.torch_seed(self.seed, "dropout", (step, number, *(place if any(place) else ()))))
+        seed = chance.torch_seed(self.seed, "dropout", (step, number, *(place if any(place) else ())))
+        torch.default_generator.manual_seed(seed)            # torch.manual_seed takes 0.8 ms: it notes the stack for each device
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _scaled(self, weights: Tensor) -> Tensor:
         return weights if self.scaler is None else self.scaler.scale(weights)
