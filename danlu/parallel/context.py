@@ -6,8 +6,10 @@ and the i-th from the back: all do the same (Llama 3, Dubey et al., 2024, sectio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from danlu.nn.collective import Span, numbered
 from danlu.objectives.protocol import Batch
@@ -21,15 +23,15 @@ def pieces(length: int, index: int, of: int) -> Tensor:
     return torch.cat((torch.arange(front, front + size), torch.arange(back, back + size)))
 
 
-def attach(model: nn.Module, world: World, length: int) -> Span | None:
+def attach(model: Any, world: World, length: int) -> Span | None:
     """Let `model` (whole or a stage) see whole rows of which this process has some tokens."""
     of = world.layout.cp
     if of == 1:
         return None
     order = torch.cat([pieces(length, i, of) for i in range(of)]).to(world.device)
     span = Span(pieces(length, world.index("cp"), of).to(world.device), order, world.group("cp"))
-    model.span = span                                                       # type: ignore[assignment]
-    for _number, block in numbered(model.blocks):                           # type: ignore[arg-type]
+    model.span = span
+    for _number, block in numbered(model.blocks):
         block.attention.span = span
     return span
 

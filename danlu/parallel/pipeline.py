@@ -44,12 +44,12 @@ def bounds(layout: Layout, layers: int, *, head: float = 1.0) -> list[range]:
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def head_cost(model: nn.Module) -> float:
+def head_cost(model: Any) -> float:
     """Return what the vocabulary's projection costs in blocks of `model`, by the weights that multiply a token."""
-    _number, block = next(numbered(model.blocks))                           # type: ignore[arg-type]
-    table = model.embed.weight.numel()                                      # type: ignore[union-attr, operator]
+    _number, block = next(numbered(model.blocks))
+    table = model.embed.weight.numel()
     # a decoder's head reads every token, an encoder's those that are hidden: about 15 %
-    return (1.0 if model.cfg.kind == "decoder" else 0.15) * table / sum(p.numel() for p in block.parameters())   # type: ignore[union-attr]
+    return (1.0 if model.cfg.kind == "decoder" else 0.15) * table / sum(p.numel() for p in block.parameters())
 
 
 def _even(layers: int, count: int, head: float) -> list[int]:
@@ -65,20 +65,20 @@ def _even(layers: int, count: int, head: float) -> list[int]:
     return min(found, key=cost)
 
 
-def cut(model: nn.Module, number: int, blocks: Sequence[range]) -> None:
+def cut(model: Any, number: int, blocks: Sequence[range]) -> None:
     """Leave in `model` (on the meta device) what stage `number` needs, in place; names of parameters stay.
 
     A tied embedding stays in the first and the last stage.
     """
     first, last = number == 0, number == len(blocks) - 1
-    model.blocks = nn.ModuleDict({str(i): block for i, block in numbered(model.blocks) if i in blocks[number]})   # type: ignore[arg-type]
-    model.last = last                                                       # type: ignore[assignment]
+    model.blocks = nn.ModuleDict({str(i): block for i, block in numbered(model.blocks) if i in blocks[number]})
+    model.last = last
     if not first:
         for name in ("position", "types", "embed_norm"):
             if hasattr(model, name):
                 setattr(model, name, None)
-    if not first and not (last and model.cfg.tied):                         # type: ignore[union-attr]
-        model.embed = None                                                  # type: ignore[assignment]
+    if not first and not (last and model.cfg.tied):
+        model.embed = None
     if not last:
         for name in ("norm", "head", "pooler"):
             if hasattr(model, name):
@@ -95,7 +95,7 @@ def mine(layout: Layout, index: int) -> list[int]:
 class Stage(nn.Module):
     """A stage as the pipeline calls it: activations in, activations or the objective's sums [terms] out."""
 
-    def __init__(self, part: nn.Module, objective: Objective, context: Callable[[], Any]) -> None:
+    def __init__(self, part: Any, objective: Objective, context: Callable[[], Any]) -> None:
         super().__init__()
         self.part, self.objective, self.context = part, objective, context
 
@@ -104,7 +104,7 @@ class Stage(nn.Module):
         wanted = {name: batch[name] for name in self.objective.inputs if name in batch and name != "ids"}
         with self.context():
             out = self.part(x, **wanted)
-        return self.objective.loss(out, batch) if self.part.last else out   # type: ignore[no-any-return, return-value]
+        return self.objective.loss(out, batch) if self.part.last else out
 
 
 class Pipe:

@@ -41,7 +41,7 @@ class Leaf(NamedTuple):
 class Placed:
     """This process's part of the model: the whole, or stages; plain, or cut and sharded.  Names are the whole model's."""
 
-    def __init__(self, parts: list[Any], world: World, *, roots: list[nn.Module], pipe: Pipe | None = None,
+    def __init__(self, parts: list[Any], world: World, *, roots: list[Any], pipe: Pipe | None = None,
                  span: Span | None = None) -> None:
         self.parts, self.world, self.roots, self.pipe, self.span = parts, world, roots, pipe, span
         self.call: nn.Module = roots[0]
@@ -113,9 +113,9 @@ class Placed:
             return nullcontext() if last else self.call.no_sync()
         if self.pipe is None:
             for root in self.roots if self.sharded else ():
-                root.set_requires_gradient_sync(last)                       # type: ignore[operator]
+                root.set_requires_gradient_sync(last)
                 if self.world.layout.shard == "grads":   # the weights stay whole until the step is over
-                    root.set_reshard_after_backward(last)                   # type: ignore[operator]
+                    root.set_reshard_after_backward(last)
         return nullcontext()
 
     def leaves(self) -> list[Leaf]:
@@ -214,17 +214,17 @@ def alone(model: nn.Module, *, recompute: str | int = "none", compile: bool = Fa
     return Placed([model], World(Layout(micro=micro), next(model.parameters()).device), roots=[model])
 
 
-def ready(model: nn.Module, *, recompute: str | int, compile: bool) -> None:
+def ready(model: Any, *, recompute: str | int, compile: bool) -> None:
     """Let blocks recompute their activations, and compile them, in this order; one compiled block serves all: they share code."""
     every = {"none": 0, "full": 1}.get(recompute, recompute) if isinstance(recompute, str) else recompute
-    for number, block in numbered(model.blocks):                            # type: ignore[arg-type]
+    for number, block in numbered(model.blocks):
         if every and number % int(every) == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=True)
         if compile:
             block.compile(dynamic=False)
 
 
-def shard(part: nn.Module, root: nn.Module, world: World, precision: str) -> None:
+def shard(part: Any, root: nn.Module, world: World, precision: str) -> None:
     """Shard `part`, block by block, as `layout.shard` says; `root` is `part` or the stage around it."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -237,7 +237,7 @@ def shard(part: nn.Module, root: nn.Module, world: World, precision: str) -> Non
         "mp_policy": MixedPrecisionPolicy(low, torch.float32 if low else None, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if layout.offload and world.device.type != "cpu" else OffloadPolicy(),
     }
-    for _number, block in numbered(part.blocks):                            # type: ignore[arg-type]
+    for _number, block in numbered(part.blocks):
         fully_shard(block, **options)
     # embeddings, norms and head stay in fp32, as they do in one process: they make and end the residual stream
     fully_shard(root, **options | {"mp_policy": MixedPrecisionPolicy()})

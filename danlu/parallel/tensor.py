@@ -7,6 +7,8 @@ gradients, which `partial_names` names, are summed over the group once a step.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -24,7 +26,7 @@ from danlu.nn.collective import Strip, numbered
 PARTS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
 
 
-def split(model: nn.Module, mesh: DeviceMesh, *, sequence: bool) -> None:
+def split(model: Any, mesh: DeviceMesh, *, sequence: bool) -> None:
     """Cut `model` (on the meta device, whole or a stage) over `mesh`, in place; names of parameters stay."""
     between = Shard(1) if sequence else Replicate()
     plan: dict[str, ParallelStyle] = {}
@@ -32,19 +34,19 @@ def split(model: nn.Module, mesh: DeviceMesh, *, sequence: bool) -> None:
         plan[part] = _gathered(between, 2 if part == "attention" else 1)
         for name in names:
             plan[f"{part}.{name}"] = ColwiseParallel() if TP[name] == "col" else RowwiseParallel(output_layouts=between)
-    for _number, block in numbered(model.blocks):                           # type: ignore[arg-type]
+    for _number, block in numbered(model.blocks):
         held = {name: style for name, style in plan.items() if "." not in name or _held(block, name)}
         parallelize_module(block, mesh, held)
     if model.embed is not None:
         parallelize_module(model, mesh, {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())})
-    head = getattr(model, "head", None)
+    head: Any = getattr(model, "head", None)
     for name in ("weight", "bias") if head is not None else ():
         held_by_head = getattr(head, name, None)
         if held_by_head is not None:
             cut = distribute_tensor(held_by_head.data, mesh, [Shard(0)])
-            head.register_parameter(name, nn.Parameter(cut))                # type: ignore[union-attr]
+            head.register_parameter(name, nn.Parameter(cut))
     if sequence:
-        model.strip = Strip(mesh)                                           # type: ignore[assignment]
+        model.strip = Strip(mesh)
 
 
 def _gathered(between: Replicate | Shard, inputs: int) -> PrepareModuleInput:

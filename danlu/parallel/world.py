@@ -80,10 +80,6 @@ class World:
             tensor.copy_(held)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process."""
-        return bool(self.add(torch.tensor(float(flag))).item()) if self.mesh is not None else flag
-
 
 def join(layout: Layout, device: torch.device) -> World:
     """Meet the other processes that a launcher has started.  ConfigError if they are not as many as the layout needs."""
