@@ -141,8 +141,8 @@ def _environment(world: int, again: bool) -> Iterator[None]:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",   # with it shared, gloo's restarts fail now and then
             "TORCHELASTIC_SIGNALS_TO_HANDLE": "",        # none: they are handled here
             "OMP_NUM_THREADS": before.get("OMP_NUM_THREADS") or str(max(1, cores // world)),
-            # who lost whom is said here: PyTorch's C++ would add a stack of frames in each process left behind
-            "TORCH_CPP_LOG_LEVEL": before.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+            # who lost whom is said here: the C++ of PyTorch would add pages in every process that is left behind
+            "TORCH_CPP_LOG_LEVEL": before.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
             "DANLU_SUPERVISOR": str(os.getpid()), "DANLU_TOLD": folder,
             # workers on one machine talk over its loopback, where nobody else can listen in
             **{name: before.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if sys.platform == "linux"},
