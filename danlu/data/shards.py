@@ -3,6 +3,7 @@
     DIR/manifest.json              what there is, from which inputs, under which fingerprint
     DIR/{train,val,test}/00000.safetensors …
         ids [tokens], weights [tokens] (optional), offsets [documents + 1]: document i is ids[offsets[i]:offsets[i + 1]]
+        tags [tokens] (optional): a class of each token
         one number per document in each further column: bytes (size as UTF-8), file (index in manifest["files"]), line …
 """
 
@@ -27,7 +28,8 @@ SCHEMA = 1
 COLUMNS: Mapping[str, str] = {"bytes": "int32", "file": "int32", "line": "int64"}
 TOKENS = 1 << 25                # in a shard, before the next one begins
 DOCUMENTS = 1 << 20             # likewise
-BASIC = ("ids", "weights", "offsets")
+BASIC = ("ids", "weights", "tags", "offsets")
+ANSWERS = ("tags", "label", "parts", "answer", "example")        # what rows carry beside their ids
 
 
 class Entry(NamedTuple):
@@ -273,6 +275,22 @@ class Shards:
         where, weights = slice(base + start, base + stop), arrays.get("weights")
         return arrays["ids"][where], None if weights is None else weights[where]
 
+    @cached_property
+    def answers(self) -> tuple[str, ...]:
+        """What the documents are labelled with, of ANSWERS; the class that `prepare` splits by is no answer."""
+        if "task" not in self.manifest:
+            return ()
+        return tuple(name for name in ANSWERS if self._arrays and all(name in arrays for arrays in self._arrays))
+
+    def answer(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
+        """Return the tags start:stop of a document, or what another column says of it (any shape)."""
+        shard = bisect_right(self._first, document) - 1
+        arrays, number = self._arrays[shard], document - self._first[shard]
+        if name == "tags":
+            base = int(arrays["offsets"][number])
+            return arrays["tags"][base + start : base + stop]
+        return np.asarray(arrays[name][number])
+
     def document(self, number: int) -> Document:
         """Return document `number` (0-based, over all shards).  Raises IndexError when there is none."""
         if not 0 <= number < self.documents:
@@ -280,7 +298,7 @@ class Shards:
         shard = bisect_right(self._first, number) - 1
         arrays, i = self._arrays[shard], number - self._first[shard]
         ids, weights = self.part(number, 0, int(arrays["offsets"][i + 1] - arrays["offsets"][i]))
-        return Document(ids, weights, {name: arrays[name][i].item() for name in self.columns})
+        return Document(ids, weights, {name: arrays[name][i].item() for name in self.columns if arrays[name].ndim == 1})
 
     def where(self, number: int) -> str:
         """Return "file:line" of the input that a document came from."""
@@ -295,7 +313,7 @@ class Shards:
         good = (
             ids is not None and ids.dtype == self.manifest["dtype"] and ids.shape == (entry.tokens,)
             and offsets is not None and offsets.dtype == np.int64 and offsets.shape == (entry.documents + 1,)
-            and arrays.get("weights", ids).shape == ids.shape
+            and arrays.get("weights", ids).shape == ids.shape == arrays.get("tags", ids).shape
             and all(a.shape[:1] == (entry.documents,) for a in per_document)
             and offsets[0] == 0 and offsets[-1] == entry.tokens and bool((np.diff(offsets) >= 0).all())
         )

@@ -25,10 +25,16 @@ SLOTS = 1000                     # the pattern in which a mixture takes its sour
 
 
 class Documents(Protocol):
-    """What a Stream needs of prepared data."""
+    """What a Stream needs of prepared data.
+
+    answers: the columns of a document that its row carries (label, parts …), and `tags`, of which each id has one.
+    """
 
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def answers(self) -> tuple[str, ...]: ...
+    def answer(self, name: str, document: int, start: int, stop: int) -> np.ndarray: ...
     def lengths(self) -> np.ndarray: ...
     def part(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]: ...
     def where(self, number: int) -> str: ...
@@ -59,10 +65,12 @@ class Stream:
     reserve: places each piece needs beside its ids.    seed: None gives the stored order.
     overlong: what becomes of a document that does not fit: `error`, `split` into pieces, `drop`, or `cut` its end off
     (with it goes the mark of the end).    partner: rows also get `other`, a piece of another document.
+    group: unpacked rows of like length come together, `group` at a time, in groups at random: no place is wasted.
     """
 
     def __init__(self, shards: Documents, *, length: int, overlap: int = 0, reserve: int = 0, overlong: Overlong,
-                 pack: bool, seed: int | None, window: int = 2048, partner: bool = False) -> None:
+                 pack: bool, seed: int | None, window: int = 2048, partner: bool = False, group: int = 0) -> None:
+        self.group = group if seed is not None and not pack else 0
         self.shards, self.length, self.reserve, self.overlap = shards, length, reserve, overlap
         self.overlong, self.pack, self.seed, self.window, self.partner = overlong, pack, seed, window, partner
         self.room = length - reserve
@@ -100,7 +108,7 @@ class Stream:
     def fingerprint(self) -> str:
         """The hash of everything that the order and content of the rows depends on."""
         return files.digest([self.shards.fingerprint, self.length, self.overlap, self.reserve, self.overlong, self.pack,
-                             self.seed, self.window, self.partner])
+                             self.seed, self.window, self.partner, *([self.group] if self.group else [])])
 
     def rows(self, epoch: int) -> int:
         """Return the exact number of rows in an epoch."""
@@ -136,7 +144,8 @@ class Stream:
         """Return the row, n ids of k documents, and with `partner` m ids of another.
 
         ids [n] int64, weights [n] float32 (1: learned from), segments [n] int32 (1..k), documents [k] int64,
-        key [4] int64 (source, epoch, window, offset: names the row's random numbers), other [m] int64.
+        key [4] int64 (source, epoch, window, offset: names the row's random numbers), other [m] int64.  Of what the
+        documents are labelled with: tags [n], and of a row that is one document its label, parts, answer, example.
         """
         size = sum([piece[2] for piece in plan.pieces])
         ids, weights, segments = np.empty(size, np.int64), np.ones(size, np.float32), np.ones(size, np.int32)
@@ -156,6 +165,11 @@ class Stream:
                     "key": np.array(plan[:4])}
         if self.partner:
             row["other"] = self._other(plan)
+        for name in self.shards.answers:
+            if name == "tags":
+                row[name] = np.concatenate([self.shards.answer(name, d, start, start + n) for d, start, n in plan.pieces])
+            elif len(plan.pieces) == 1:
+                row[name] = self.shards.answer(name, documents[0], 0, 0)
         return row
 
     @property
@@ -185,13 +199,31 @@ class Stream:
         columns = self._located(window, order)
         pieces = list(zip(*(column.tolist() for column in columns), strict=True))
         if not self.pack:
-            return [(piece,) for piece in pieces]
+            alike = self._grouped(columns[2], epoch, window) if self.group else range(len(pieces))
+            return [(pieces[i],) for i in alike]
         rows = [sorted(row) for row in pack.pack(columns[2] + self.reserve, self.length)]
         if self.seed is None:
             rows.sort()
         else:                                    # packing puts long pieces first; rows are met in any order
             rows = [rows[i] for i in permute.small(len(rows), self.seed, "rows", epoch, window).tolist()]
         return [tuple([pieces[i] for i in row]) for row in rows]
+
+    def _grouped(self, sizes: np.ndarray, epoch: int, window: int) -> list[int]:
+        """Return the order of a window's pieces [n] in which groups of like size follow each other at random.
+
+        Groups begin where batches do, counted from the first row of the first epoch; what a group lacks at the border of
+        a window comes from the next.
+        """
+        head = -(epoch * self.pieces + window * self.window) % self.group
+        first = permute.small(len(sizes), self.seed or 0, "head", epoch, window)[:head]     # of any size: it ends a batch
+        rest = np.setdiff1d(np.arange(len(sizes)), first)
+        rest = rest[np.argsort(sizes[rest], kind="stable")]
+        whole = len(rest) // self.group * self.group
+        spare = permute.small(len(rest), self.seed or 0, "spare", epoch, window)[: len(rest) - whole]
+        tail, rest = rest[np.sort(spare)], np.delete(rest, spare)
+        groups = rest.reshape(-1, self.group)
+        order = permute.small(len(groups), self.seed or 0, "groups", epoch, window) if len(groups) else []
+        return np.concatenate([first, groups[order].ravel(), tail]).tolist()      # type: ignore[no-any-return]
 
     def _located(self, window: int, order: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return document, first id and number of ids of each piece of a window, in the epoch's order."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
-from danlu.models.names import Name, rows
+from danlu.models.names import THEIRS, Name, rows, task_names
 from danlu.nn import attention, head, placed
 from danlu.nn.cache import Cache, Past
 from danlu.nn.collective import Span, Strip, numbered
@@ -26,6 +26,7 @@ from danlu.nn.mlp import MLP, Activation
 from danlu.nn.norm import RMSNorm
 from danlu.nn.paths import Choice
 from danlu.nn.position import Scaling, frequencies, turn
+from danlu.nn.tasks import Head, Heads, TaskHead, pooled
 from danlu.words import _
 
 Family = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"]
@@ -123,6 +124,10 @@ class Decoder(Model):
                                      description="Share of attention probabilities dropped in training.")
     init_std: float = Field(0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the first weights.")
 
+    lm: bool = Field(True, description="Whether there is a vocabulary head; heads of tasks may take its place.")
+    tasks: Heads = Field(
+        (), description="Heads of tasks, such as classify; filled in by the objective and the data.")
+
     @model_validator(mode="wrap")
     @classmethod
     def _fill(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -140,6 +145,8 @@ class Decoder(Model):
     @model_validator(mode="after")
     def _derive(self) -> Self:
         problems = []
+        if not self.lm:
+            object.__setattr__(self, "tied", False)      # there is nothing to tie
         derived = {"kv_heads": self.heads, "head_width": self.width // self.heads,
                    "hidden": 64 * math.ceil(self.width * 8 / 3 / 64) if self.gated else 4 * self.width}
         if not self.head_width and self.width % self.heads:
@@ -175,11 +182,23 @@ class Decoder(Model):
 
         Its weights know nothing of padding, so `pad` changes nothing.
         """
-        unknown = set(heads) - {"lm"}
+        unknown = set(heads) - {"lm"} - {t.name for t in self.tasks}
         if unknown:
             raise IncompatibleError(_("a decoder has no head {heads}").format(heads=", ".join(sorted(unknown))),
                                     fix=_("set model.kind=encoder, or objective.kind=causal_lm"))
         return self if self.vocab is not None else self.model_copy(update={"vocab": vocab})
+
+    def with_heads(self, heads: Sequence[str]) -> Decoder:
+        """Return the config with `heads` alone, of those there are.  Raises IncompatibleError for others."""
+        held = [*(["lm"] if self.lm else []), *(t.name for t in self.tasks)]
+        if lacking := set(heads) - set(held):
+            raise IncompatibleError(_("the model has no head {name}; it has {heads}").format(
+                name=min(lacking), heads=", ".join(held)))
+        return self.with_tasks([t for t in self.tasks if t.name in heads], outputs=[name for name in heads if name == "lm"])
+
+    def with_tasks(self, tasks: Sequence[Head], *, outputs: Sequence[str] = ()) -> Decoder:
+        """Return the config with these heads of tasks, and the vocabulary's if `outputs` names it."""
+        return Decoder.model_validate(self.model_dump() | {"tasks": tuple(tasks), "lm": "lm" in outputs})
 
 
 class Block(nn.Module):
@@ -219,7 +238,9 @@ class DecoderModel(nn.Module):
         self.position = nn.Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg) for _layer in range(cfg.layers))
         self.norm = _norm(cfg)
-        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
+        self.head = nn.Linear(cfg.width, cfg.vocab, bias=False) if cfg.lm and not cfg.tied else None
+        self.heads = nn.ModuleDict({t.name: TaskHead(t, cfg.width, dropout=0.0 if t.kind == "classify" else cfg.dropout,
+                                                     bias=t.kind != "classify") for t in cfg.tasks})
         self.last = True                                 # False in all but the last stage of a pipeline
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
@@ -228,15 +249,17 @@ class DecoderModel(nn.Module):
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
-                cache: Cache | None = None, last: bool = False) -> Any:
+                ends: Tensor | None = None, starts: Tensor | None = None, cache: Cache | None = None, last: bool = False) -> Any:
         """Return {"logits" [B, T, V], "hidden" [B, T, D]}, or with labels [B, T] {"lm": Scores}.
 
         ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  `last`: only the last token's
-        logits, [B, 1, V].  `types` is an encoder's and is not used.
+        logits, [B, 1, V].  Heads of tasks stand under their names: classify [B, K], tag [B, T, K], answer [B, T, 2],
+        choose [B, P], embed [B, P, D]; ends [B] or [B, P]: the last token of the row, or of each stretch.  `types` and
+        `starts` are an encoder's and not used.
         """
         x = self.enter(ids, positions, cache)
         x = self.through(x, positions, segments, cache)
-        return self.leave(x, labels, weights, last=last) if self.last else x
+        return self.leave(x, labels, weights, last=last, segments=segments, ends=ends) if self.last else x
 
     def enter(self, ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
         """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
@@ -270,9 +293,28 @@ class DecoderModel(nn.Module):
             x = block(x, sights[0] if i >= cfg.full_layers else sights[-1], rotary, None if cache is None else cache.layers[i])
         return x
 
-    def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool = False) -> dict[str, Any]:
+    def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool = False,
+              segments: Tensor | None = None, ends: Tensor | None = None) -> dict[str, Any]:
         """Return what `forward` does, from what the last block put out."""
         x = self.strip.join(x)
+        said = {t.name: self._say(t, x, segments, ends) for t in self.cfg.tasks}
+        if not self.cfg.lm:
+            return said if said else {"hidden": self.norm(x)}
+        return said | self._speak(x, labels, weights, last=last)
+
+    def _say(self, task: Head, x: Tensor, segments: Tensor | None, ends: Tensor | None) -> Tensor:
+        """Return what the head of a task says of x [B, T, D]."""
+        head: Any = self.heads[task.name]
+        if task.kind in ("tag", "answer"):
+            return head(self.norm(x))                                                   # type: ignore[no-any-return]
+        if task.kind == "embed":
+            return pooled(self.norm(x), segments, 1 if ends is None or ends.ndim == 1 else ends.shape[1])
+        places = torch.full((len(x), 1), x.shape[1] - 1, device=x.device) if ends is None else ends.reshape(len(x), -1)
+        said: Tensor = head(self.norm(x.gather(1, places[:, :, None].expand(-1, -1, x.shape[-1]))))     # [B, P, K]
+        return said[:, 0] if task.kind == "classify" else said[..., 0]
+
+    def _speak(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool) -> dict[str, Any]:
+        """Return what the vocabulary's head says of x [B, T, D]."""
         table = self.embed.weight if self.head is None else self.head.weight
         if labels is None:
             x = self.norm(x[:, -1:] if last else x)
@@ -336,8 +378,11 @@ def names(cfg: Decoder) -> Iterator[Name]:
     else:
         listed = [Name(theirs, (ours,)) for ours, theirs in _LLAMA.items() if _has(cfg, ours)]
         listed.append(Name("model.layers.{i}.self_attn.rotary_emb.inv_freq", ()))       # old files hold it
-    listed.append(Name("lm_head.weight", ("embed.weight" if cfg.tied else "head.weight",), copy=cfg.tied))
-    return rows(listed, cfg.layers)
+    own = ("embed.weight" if cfg.tied else "head.weight",) if cfg.lm else ()
+    listed.append(Name("lm_head.weight", own, copy=cfg.tied))
+    theirs = THEIRS | {"classify": "score"} | ({} if cfg.family == "gpt2" else {"tag": "score"})
+    biased = {head.name for head in cfg.tasks if head.kind != "classify"}
+    return rows([*listed, *task_names(cfg.tasks, {}, theirs=theirs, biased=lambda head: head.name in biased)], cfg.layers)
 
 
 _LLAMA = {
@@ -386,4 +431,4 @@ def _bias(theirs: str, ours: list[str], biased: bool, size: int) -> Name:
 def modern(cfg: Decoder, name: str) -> str:
     """Return what `names` calls a tensor that a file of the bare model, without its head, calls `name`."""
     prefix = "transformer." if cfg.family == "gpt2" else "model."
-    return name if name.startswith((prefix, "lm_head.")) else prefix + name
+    return name if name.startswith((prefix, "lm_head.", "heads.", "score.", "classifier.", "qa_outputs.")) else prefix + name

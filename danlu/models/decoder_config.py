@@ -12,12 +12,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from danlu.errors import IncompatibleError
+from danlu.models import tasks
 from danlu.models.decoder import FAMILIES, Decoder
 from danlu.nn import position
+from danlu.nn.tasks import Kind
 from danlu.words import _
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
+
+# The ends of the names of the classes that have one head of a task, by its kind.
+TASKS: dict[str, Kind] = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag",
+                          "ForQuestionAnswering": "answer"}
 
 _COMMON = {"vocab_size": "vocab", "tie_word_embeddings": "tied", "initializer_range": "init_std"}
 _LLAMA = _COMMON | {
@@ -80,7 +86,7 @@ HARMLESS = frozenset({
     "tie_encoder_decoder", "cross_attention_hidden_size", "gradient_checkpointing", "predict_special_tokens",
     "attn_implementation", "_attn_implementation", "original_max_position_embeddings",
 })
-_OWN = ("dropout", "qkv_bias", "out_bias", "mlp_bias", "norm_bias")     # ours that their config.json has no word for
+_OWN = ("dropout", "qkv_bias", "out_bias", "mlp_bias", "norm_bias", "lm", "tasks")     # their config.json has no word for these
 _WINDOWED = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu",
@@ -110,8 +116,12 @@ def read(data: Mapping[str, Any], *, where: str) -> Decoder:
         fields["out_bias"] = fields.get("qkv_bias", False)
     if family in ("qwen2", "qwen3"):
         fields |= _read_windows(told, where)
+    fields |= _read_tasks(family, data, where)
+    own = data.get("danlu", {})
+    if "tasks" in own:
+        own = own | {"tasks": tuple(tasks.restore(own["tasks"], where=where))}
     try:
-        return Decoder.model_validate(fields | data.get("danlu", {}), strict=True)
+        return Decoder.model_validate(fields | own, strict=True)
     except ValidationError as error:
         raise IncompatibleError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()),
                                 where=where) from None
@@ -119,7 +129,13 @@ def read(data: Mapping[str, Any], *, where: str) -> Decoder:
 
 def write(cfg: Decoder) -> dict[str, Any]:
     """Return the config.json of `cfg`.  Rotary settings are spelled as older readers expect; newer ones take both."""
-    data: dict[str, Any] = {"architectures": [ARCHITECTURES[cfg.family]], "model_type": cfg.family}
+    told, kept = tasks.write(cfg.tasks)
+    single = not cfg.lm and len(cfg.tasks) == 1 and cfg.tasks[0].kind in TASKS.values()
+    base = ARCHITECTURES[cfg.family]
+    if single:
+        base = base.removesuffix("LMHeadModel").removesuffix("ForCausalLM") + next(
+            end for end, kind in TASKS.items() if kind == cfg.tasks[0].kind)
+    data: dict[str, Any] = {"architectures": [base], "model_type": cfg.family, **told}
     data |= {theirs: getattr(cfg, ours) for theirs, ours in FIELDS[cfg.family].items()}
     if cfg.family == "gpt2":
         data |= {"activation_function": _THEIR_ACTIVATIONS[cfg.activation], "embd_pdrop": cfg.dropout}
@@ -129,9 +145,23 @@ def write(cfg: Decoder) -> dict[str, Any]:
         sliding = cfg.window is not None
         data |= {"use_sliding_window": sliding, "sliding_window": cfg.window,
                  "max_window_layers": cfg.full_layers if sliding else cfg.layers}
-    own = {field: getattr(cfg, field) for field in _OWN
-           if field not in FIELDS[cfg.family].values() and getattr(cfg, field) != _assumed(cfg, field)}
+    own = {field: getattr(cfg, field) for field in _OWN if field not in ("lm", "tasks")
+           and field not in FIELDS[cfg.family].values() and getattr(cfg, field) != _assumed(cfg, field)}
+    if not single:
+        own |= ({"tasks": kept or [t.model_dump(mode="json") for t in cfg.tasks]} if cfg.tasks else {})
+        own |= {} if cfg.lm else {"lm": False}
+    elif kept:
+        own |= {"tasks": kept}
     return data | ({"danlu": own} if own else {})
+
+
+def _read_tasks(family: str, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of a class with a task's head in place of the vocabulary's."""
+    named = str(next(iter(data.get("architectures") or ()), ""))
+    kind = next((kind for end, kind in TASKS.items() if named.endswith(end)), None)
+    if kind is None:
+        return {}
+    return {"lm": False, "tied": False, "tasks": (tasks.read(kind, data, where=where),)}
 
 
 def _assumed(cfg: Decoder, field: str) -> Any:

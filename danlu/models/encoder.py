@@ -1,4 +1,4 @@
-"""Encoders: BERT (Devlin et al., 2019) and RoBERTa (Liu et al., 2019), with heads for hidden tokens and sentence pairs.
+"""Encoders: BERT (Devlin et al., 2019) and RoBERTa (Liu et al., 2019), with heads for hidden tokens, sentence pairs and tasks.
 
 B rows, T tokens, N positions that are learned from, D width, F hidden width, L layers, V vocabulary.
 """
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
-from danlu.models.names import Name, rows
+from danlu.models.names import Name, rows, task_names
 from danlu.nn import attention, head, placed
 from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.mlp import MLP, Activation, activate
 from danlu.nn.paths import Choice
+from danlu.nn.tasks import Head, Heads, TaskHead, pooled
 from danlu.words import _
 
 Family = Literal["bert", "roberta"]
@@ -81,6 +82,8 @@ class Encoder(Model):
                                 "the model has no head at all.")
     outputs: tuple[Output, ...] | None = Field(
         None, description="Heads: mlm, nsp, sop; empty: those the objective needs.")
+    tasks: Heads = Field(
+        (), description="Heads of tasks, such as classify; filled in by the objective and the data.")
     init_std: float = Field(0.02, gt=0, allow_inf_nan=False, description="Standard deviation of the first weights.")
 
     @model_validator(mode="wrap")
@@ -110,13 +113,19 @@ class Encoder(Model):
             if pairs and self.family == "roberta":
                 raise ValueError(_("family=roberta has no head {name}; set model.family=bert").format(name=min(pairs)))
             if self.pooler is None:
-                object.__setattr__(self, "pooler", bool(pairs) or not self.outputs)
+                object.__setattr__(self, "pooler", bool(pairs) or self._pools or not (self.outputs or self.tasks))
             if pairs and not self.pooler:
                 raise ValueError(_("the head {name} reads the pooler; leave pooler empty").format(name=min(pairs)))
         return self
 
+    @property
+    def _pools(self) -> bool:
+        """Whether a task reads the pooler: BERT's classes of rows do, and in both families choices."""
+        return any(t.kind == "choose" or (t.kind == "classify" and self.family == "bert") for t in self.tasks)
+
     def filled(self, *, vocab: int, heads: Sequence[str] = ("mlm",), pad: int | None = None) -> Encoder:
         """Return the config with vocabulary, heads and padding id, where they were left open."""
+        heads = [name for name in heads if name not in {t.name for t in self.tasks}]
         unknown = set(heads) - {"mlm", "nsp", "sop"}
         if unknown:
             raise IncompatibleError(_("an encoder has no head {heads}").format(heads=", ".join(sorted(unknown))),
@@ -139,15 +148,21 @@ class Encoder(Model):
 
     def with_heads(self, heads: Sequence[str]) -> Encoder:
         """Return the config with `heads` alone, of those there are.  Raises IncompatibleError for others."""
-        held = self.outputs or ()
+        tasks = tuple(t for t in self.tasks if t.name in heads)
+        heads, held = [name for name in heads if name not in {t.name for t in tasks}], self.outputs or ()
         lacking = set(heads) - set(held)
         if lacking:
             raise IncompatibleError(_("the model has no head {name}; it has {heads}").format(
                 name=min(lacking), heads=", ".join(held) or "-"))
         if "nsp" in held and "sop" in heads and "nsp" not in heads:
             raise IncompatibleError(_("the head sop of this model comes with nsp; name both"))  # or takes its place
-        pooler = self.pooler and (not heads or bool({"nsp", "sop"} & set(heads)))
-        return Encoder.model_validate(self.model_dump() | {"outputs": tuple(heads), "pooler": pooler})
+        pooler = self.pooler and (not (heads or tasks) or bool({"nsp", "sop"} & set(heads)) or self._pools)
+        return Encoder.model_validate(self.model_dump() | {"outputs": tuple(heads), "tasks": tasks, "pooler": pooler})
+
+    def with_tasks(self, tasks: Sequence[Head], *, outputs: Sequence[str] = ()) -> Encoder:
+        """Return the config with these heads of tasks, and of the others only `outputs`; the pooler as they need it."""
+        made = {"outputs": tuple(outputs), "tasks": tuple(tasks), "pooler": None}
+        return Encoder.model_validate(self.model_dump() | made)
 
 
 class Block(nn.Module):
@@ -200,21 +215,24 @@ class EncoderModel(nn.Module):
         self.pooler = nn.Linear(cfg.width, cfg.width) if cfg.pooler else None
         self.head = MaskedHead(cfg) if "mlm" in cfg.outputs else None
         self.pairs = nn.ModuleDict({name: nn.Linear(cfg.width, 2) for name in cfg.outputs if name != "mlm"})
+        self.heads = nn.ModuleDict({t.name: TaskHead(t, cfg.width, dropout=cfg.dropout,
+                                                     dense=t.kind == "classify" and cfg.family == "roberta") for t in cfg.tasks})
         self.last = True                                 # False in all but the last stage of a pipeline
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
-                types: Tensor | None = None, labels: Tensor | None = None,
-                weights: Tensor | None = None) -> Any:
+                types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
+                ends: Tensor | None = None, starts: Tensor | None = None) -> Any:
         """Return {"hidden" [B, T, D], "logits" [B, T, V], "pooled" [B, D], "nsp" [B, 2], "sop" [B, 2]}, what there is.
 
         With labels [B, T] there is {"mlm": Scores} in place of "hidden" and "logits": the head then reads only the N
         positions whose weight is not 0.  ids, positions, segments, types [B, T].  What is said of pairs is read off the
-        first token of each row.
+        first token of each row.  Heads of tasks stand under their names: classify [B, K], tag [B, T, K], answer [B, T, 2],
+        choose [B, P], embed [B, P, D]; starts [B, P]: the first token of each stretch.  `ends` is a decoder's and not used.
         """
         x = self.through(self.enter(ids, positions, types), segments)
-        return self.leave(x, labels, weights) if self.last else x
+        return self.leave(x, labels, weights, segments=segments, starts=starts) if self.last else x
 
     def enter(self, ids: Tensor, positions: Tensor | None, types: Tensor | None) -> Tensor:
         """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
@@ -239,10 +257,11 @@ class EncoderModel(nn.Module):
             x = block(x, see)
         return x
 
-    def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None) -> dict[str, Any]:
+    def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, segments: Tensor | None = None,
+              starts: Tensor | None = None) -> dict[str, Any]:
         """Return what `forward` does, from what the last block put out."""
         x = self.strip.join(x)
-        out: dict[str, Any] = {}
+        out: dict[str, Any] = {t.name: self._say(t, x, segments, starts) for t in self.cfg.tasks}
         if self.pooler is not None:
             out["pooled"] = torch.tanh(self.pooler(x[:, 0]))
             out |= {name: pair(out["pooled"]) for name, pair in self.pairs.items()}
@@ -255,6 +274,20 @@ class EncoderModel(nn.Module):
             picked = self.head(head.select(x.flatten(0, 1), index))                         # [N, D]
             out["mlm"] = head.scores(picked, self.embed.weight, labels, weights, bias=self.head.bias, index=index)
         return out
+
+    def _say(self, task: Head, x: Tensor, segments: Tensor | None, starts: Tensor | None) -> Tensor:
+        """Return what the head of a task says of x [B, T, D]."""
+        head: Any = self.heads[task.name]
+        if task.kind in ("tag", "answer"):
+            return head(x)                                                              # type: ignore[no-any-return]
+        if task.kind == "embed":
+            return pooled(x, segments, 1 if starts is None else starts.shape[1])
+        first = x[:, 0] if task.kind == "classify" or starts is None else x.gather(
+            1, starts[:, :, None].expand(-1, -1, x.shape[-1]))                          # [B, D] or [B, P, D]
+        if self.pooler is not None:
+            first = torch.tanh(self.pooler(first))
+        said: Tensor = head(first)
+        return said[..., 0] if task.kind == "choose" else said
 
     def read(self, ids: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
              types: Tensor | None = None) -> Tensor:
@@ -303,7 +336,7 @@ class EncoderModel(nn.Module):
 def names(cfg: Encoder) -> Iterator[Name]:
     """Yield the Hugging Face name of every weight; heads that the model lacks may be there and are not read."""
     assert cfg.outputs is not None, "heads are filled in before weights are named"
-    prefix = f"{cfg.family}." if cfg.outputs else ""
+    prefix = f"{cfg.family}." if cfg.outputs or cfg.tasks else ""
     listed = list(_both({"embed_norm": f"{prefix}embeddings.LayerNorm"}, True))
     for ours, theirs in (("embed", "word"), ("position", "position"), ("types", "token_type")):
         listed.append(Name(f"{prefix}embeddings.{theirs}_embeddings.weight", (f"{ours}.weight",)))
@@ -322,7 +355,8 @@ def names(cfg: Encoder) -> Iterator[Name]:
         pairs = [name for name in ("nsp", "sop") if name in cfg.outputs]        # the first goes where BERT has its own
         listed += _both({f"pairs.{pairs[0] if pairs else 'nsp'}": "cls.seq_relationship"}, bool(pairs))
         listed += _both({"pairs.sop": "cls.sentence_order"}, len(pairs) > 1)
-    return rows(listed, cfg.layers)
+    return rows([*listed, *task_names(cfg.tasks, {"classify": ("dense", "out_proj")} if cfg.family == "roberta" else {})],
+                cfg.layers)
 
 
 def _both(table: dict[str, str], read: bool) -> Iterator[Name]:
@@ -335,6 +369,6 @@ def modern(cfg: Encoder, name: str) -> str:
     """Return what `names` calls a tensor that an older folder, or one with other heads, calls `name`."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     name = name.removeprefix(f"{cfg.family}.")
-    if cfg.outputs and name.startswith(("embeddings.", "encoder.", "pooler.")):
+    if (cfg.outputs or cfg.tasks) and name.startswith(("embeddings.", "encoder.", "pooler.")):
         return f"{cfg.family}.{name}"
     return name

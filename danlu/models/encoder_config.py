@@ -8,8 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from danlu.errors import IncompatibleError
+from danlu.models import tasks
 from danlu.models.decoder_config import HARMLESS
 from danlu.models.encoder import Encoder
+from danlu.nn.tasks import Kind
 from danlu.words import _
 
 # The classes of transformers: the heads they have, and whether there is a pooler.
@@ -17,6 +19,14 @@ ARCHITECTURES: dict[str, dict[str, tuple[tuple[str, ...], bool]]] = {
     "bert": {"BertForPreTraining": (("mlm", "nsp"), True), "BertForMaskedLM": (("mlm",), False),
              "BertForNextSentencePrediction": (("nsp",), True), "BertModel": ((), True)},
     "roberta": {"RobertaForMaskedLM": (("mlm",), False), "RobertaModel": ((), True)},
+}
+
+# The classes that have one head of a task, by its kind, and whether BERT's and RoBERTa's have a pooler.
+TASKS: dict[str, dict[str, tuple[Kind, bool]]] = {
+    "bert": {"BertForSequenceClassification": ("classify", True), "BertForTokenClassification": ("tag", False),
+             "BertForQuestionAnswering": ("answer", False), "BertForMultipleChoice": ("choose", True)},
+    "roberta": {"RobertaForSequenceClassification": ("classify", False), "RobertaForTokenClassification": ("tag", False),
+                "RobertaForQuestionAnswering": ("answer", False), "RobertaForMultipleChoice": ("choose", True)},
 }
 
 FIELDS = {                                      # their key -> our field
@@ -41,7 +51,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({}, None),
     "quantization_config": (None,), "auto_map": (None,),
 }
-_OWN = frozenset({"outputs", "pooler"})         # ours that their config.json has no word for
+_OWN = frozenset({"outputs", "pooler", "tasks"})         # ours that their config.json has no word for
 _OTHER = frozenset({"classifier_dropout", "gradient_checkpointing"})
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu",
                 "relu": "relu", "relu2": "relu2"}
@@ -60,11 +70,16 @@ def read(data: Mapping[str, Any], *, where: str) -> Encoder:
     if family == "roberta":
         fields["context"] -= fields["pad"] + 1          # the rows of the table before the first position
     architecture = next(iter(data.get("architectures") or ()), None)
-    if architecture is not None and architecture not in ARCHITECTURES[family]:
+    known = ARCHITECTURES[family] | TASKS[family]
+    if architecture is not None and architecture not in known:
         raise IncompatibleError(
             _("the architecture {name} is not known; known are {names}").format(
-                name=architecture, names=", ".join(ARCHITECTURES[family])), where=where)
-    fields["outputs"], fields["pooler"] = ((), True) if architecture is None else ARCHITECTURES[family][architecture]
+                name=architecture, names=", ".join(known)), where=where)
+    if architecture in TASKS[family]:
+        kind, fields["pooler"] = TASKS[family][architecture]
+        fields |= {"outputs": (), "tasks": (tasks.read(kind, data, where=where),)}
+    else:
+        fields["outputs"], fields["pooler"] = ((), True) if architecture is None else ARCHITECTURES[family][architecture]
     try:
         return Encoder.model_validate(fields | dict(data.get("danlu", {})))
     except ValidationError as error:
@@ -76,8 +91,13 @@ def write(cfg: Encoder) -> dict[str, Any]:
     """Return the config.json of `cfg`."""
     assert cfg.outputs is not None, "heads are filled in before a model is written"
     theirs = tuple(dict.fromkeys("nsp" if name == "sop" else name for name in cfg.outputs))     # sop takes nsp's place
-    classes = ARCHITECTURES[cfg.family].items()
-    architecture, (outputs, pooler) = next((name, has) for name, has in classes if has[0] == theirs)
+    if len(cfg.tasks) == 1 and not theirs and cfg.tasks[0].kind != "embed":
+        architecture, (_kind, pooler) = next(
+            (name, has) for name, has in TASKS[cfg.family].items() if has[0] == cfg.tasks[0].kind)
+        outputs: tuple[str, ...] = ()
+    else:
+        classes = ARCHITECTURES[cfg.family].items()
+        architecture, (outputs, pooler) = next((name, has) for name, has in classes if has[0] == theirs)
     data: dict[str, Any] = {"architectures": [architecture], "model_type": cfg.family}
     data |= {name: getattr(cfg, ours) for name, ours in FIELDS.items()}
     data["hidden_act"] = next(name for name, ours in _ACTIVATIONS.items() if ours == cfg.activation)
@@ -86,6 +106,9 @@ def write(cfg: Encoder) -> dict[str, Any]:
         data["max_position_embeddings"] += cfg.pad + 1
     own: dict[str, Any] = {"outputs": list(cfg.outputs)} if cfg.outputs != outputs else {}
     own |= {"pooler": cfg.pooler} if cfg.pooler != pooler else {}
+    told, kept = tasks.write(cfg.tasks)
+    data |= told
+    own |= {"tasks": kept} if kept else {}
     return data | ({"danlu": own} if own else {})
 
 

@@ -5,13 +5,14 @@ A model's file lists one Name for each tensor that its Hugging Face folder holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from danlu.errors import IncompatibleError
+from danlu.nn.tasks import Head
 from danlu.words import _
 
 
@@ -36,6 +37,32 @@ def rows(names: Iterable[Name], layers: int) -> Iterator[Name]:
                 yield name._replace(theirs=name.theirs.replace("{i}", str(i)), ours=here)
 
 
+THEIRS = {"classify": "classifier", "tag": "classifier", "answer": "qa_outputs", "choose": "classifier"}
+
+
+def task_names(tasks: Sequence[Head], dense: Mapping[str, tuple[str, str]], *, theirs: Mapping[str, str] = THEIRS,
+               biased: Callable[[Head], bool] = lambda head: True) -> Iterator[Name]:
+    """Yield the names of the heads of tasks; those of a single one are Hugging Face's, of several our own.
+
+    dense: of a kind, what their dense and last layer are called where there are two.  Old heads that the model lacks
+    may be there and are not read.
+    """
+    held = set()
+    for task in tasks:
+        base = theirs.get(task.kind, task.kind) if len(tasks) == 1 else f"heads.{task.name}"
+        table = {f"heads.{task.name}.out": base}
+        if task.kind in dense:
+            first, last = dense[task.kind]
+            table = {f"heads.{task.name}.dense": f"{base}.{first}", f"heads.{task.name}.out": f"{base}.{last}"}
+        for ours, name in table.items() if task.size else ():
+            for part in ("weight", "bias") if biased(task) else ("weight",):
+                held.add(f"{name}.{part}")
+                yield Name(f"{name}.{part}", (f"{ours}.{part}",))
+    for name in sorted(set(theirs.values())):
+        for layer in (name, f"{name}.dense", f"{name}.out_proj"):
+            yield from (Name(f"{layer}.{part}", ()) for part in ("weight", "bias") if f"{layer}.{part}" not in held)
+
+
 def to_hf(names: Iterable[Name], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (their name, tensor), mostly views, one at a time.  IncompatibleError: one is missing or left over."""
     rest = set(state)
@@ -58,17 +85,18 @@ def to_hf(names: Iterable[Name], state: Mapping[str, Tensor]) -> Iterator[tuple[
 
 
 def from_hf(names: Iterable[Name], tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *,
-            where: str | None = None) -> dict[str, Tensor]:
+            where: str | None = None, fresh: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
     """Return {our name: tensor}, mostly views, of exactly the names and shapes of `shapes`.
 
-    Raises IncompatibleError that names a missing, left-over or misshapen tensor.
+    fresh: our names that may be missing there.  Raises IncompatibleError that names a missing, left-over or misshapen
+    tensor.
     """
     state: dict[str, Tensor] = {}
     rest = set(tensors)
     copies = []
     for name in names:
         if name.theirs not in tensors:
-            if name.ours and not name.copy:
+            if name.ours and not name.copy and not all(fresh(ours) for ours in name.ours):
                 raise IncompatibleError(_("the weight {name} is missing").format(name=name.theirs), where=where)
             continue
         rest.discard(name.theirs)
@@ -92,7 +120,7 @@ def from_hf(names: Iterable[Name], tensors: Mapping[str, Tensor], shapes: Mappin
             raise IncompatibleError(
                 _("the weight {name} differs from the one it is tied to").format(name=name.theirs), where=where,
                 fix=_("set tie_word_embeddings to false in config.json"))
-    lacking = shapes.keys() - state.keys()
+    lacking = {name for name in shapes.keys() - state.keys() if not fresh(name)}
     if lacking:
         raise IncompatibleError(_("no tensor gives the weight {name}").format(name=min(lacking)), where=where)
     return state

@@ -4,17 +4,18 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
+from danlu.objectives.classify import Classify, Regress
 from danlu.objectives.lm import CausalLM, MaskedLM
 from danlu.objectives.mixture import Mixture, Part, spell_out
 from danlu.objectives.pairs import NextSentence, SentenceOrder
 from danlu.objectives.protocol import Batch, Objective, Row
 
 Objectives = Annotated[
-    Annotated[CausalLM | MaskedLM | NextSentence | SentenceOrder | Mixture, Field(discriminator="kind")],
+    Annotated[CausalLM | MaskedLM | NextSentence | SentenceOrder | Mixture | Classify | Regress, Field(discriminator="kind")],
     BeforeValidator(spell_out),
 ]
 
 __all__ = [
-    "Batch", "CausalLM", "MaskedLM", "Mixture", "NextSentence", "Objective", "Objectives", "Part", "Row",
+    "Batch", "CausalLM", "Classify", "MaskedLM", "Mixture", "NextSentence", "Objective", "Objectives", "Part", "Regress", "Row",
     "SentenceOrder",
 ]

@@ -109,6 +109,24 @@ def wrap(rows: Sequence[Row], vocab: Special, length: int) -> Columns:
     return columns | {"positions": restart(columns["segments"])}
 
 
+def rectangle(rows: Sequence[Row], vocab: Special, length: int) -> Columns:
+    """Return whole rows as they are, padded at their ends: ids, segments, positions [B, T], ends [B] (the last token).
+
+    types [B, T] too where rows have two stretches: 0 in the first, 1 in the second.
+    """
+    flat = flatten(rows)
+    assert flat.sizes.max() <= length, "a row does not fit: ask room() for its size"
+    at, shape = flat.row * length + flat.place, (len(rows), length)
+    segments = spread(np.ones(len(at), np.int32), at, shape, 0, np.int32)
+    columns = {"ids": spread(flat.ids, at, shape, pad_id(vocab), np.int64), "segments": segments,
+               "positions": restart(segments), "ends": flat.sizes - 1}
+    parts = [row["parts"] for row in rows if "parts" in row]
+    if parts and any(part[1:].any() for part in parts):
+        border = np.repeat([part[0] for part in parts], flat.sizes)
+        columns["types"] = spread((flat.place >= border).astype(np.int64), at, shape, 0, np.int64)
+    return columns
+
+
 def restart(segments: np.ndarray) -> np.ndarray:
     """Return positions [B, T] that start from 0 in each segment; 0 on padding."""
     first = np.ones(segments.shape, bool)

@@ -6,7 +6,7 @@ B rows, T tokens, V vocabulary, N positions that are learned from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from danlu.config import Model
 from danlu.data.tokenizer import Special
+from danlu.nn.tasks import Head
 from danlu.objectives.frame import Columns, flatten, needed, pad_id, since, spread, to_batch, wrap
 from danlu.objectives.protocol import UNLEARNED, Batch, Out, Rng, Row
 from danlu.words import _
@@ -30,6 +31,7 @@ class CausalLM(Model):
     inputs: ClassVar[tuple[str, ...]] = ("ids", "positions", "segments", "labels", "weights")
     partner: ClassVar[bool] = False
     packs: ClassVar[bool] = True
+    wants: ClassVar[str] = "chat"
 
     kind: Literal["causal_lm"] = "causal_lm"
     smoothing: float = Field(
@@ -44,6 +46,12 @@ class CausalLM(Model):
     @property
     def scales(self) -> tuple[float, ...]:
         return (1.0, self.z_loss) if self.z_loss else (1.0,)
+
+    def tasks(self) -> tuple[Head, ...]:
+        return ()
+
+    def meet(self, labels: Sequence[str], counts: Sequence[int]) -> Self:
+        return self
 
     def room(self, length: int) -> tuple[int, int, int]:
         return length + 1, 1, 0
@@ -97,6 +105,7 @@ class MaskedLM(Model):
     inputs: ClassVar[tuple[str, ...]] = ("ids", "positions", "segments", "labels", "weights")
     partner: ClassVar[bool] = False
     packs: ClassVar[bool] = True
+    wants: ClassVar[str] = "text"
 
     kind: Literal["masked_lm"] = "masked_lm"
     rate: float = Field(0.15, gt=0, lt=1, allow_inf_nan=False, description="Share of the tokens to predict.")
@@ -111,6 +120,12 @@ class MaskedLM(Model):
         if self.replace + self.random > 1 + 1e-9:
             total = self.replace + self.random
             raise ValueError(_("replace + random = {total:g} is more than 1; lower one of them").format(total=total))
+        return self
+
+    def tasks(self) -> tuple[Head, ...]:
+        return ()
+
+    def meet(self, labels: Sequence[str], counts: Sequence[int]) -> Self:
         return self
 
     def room(self, length: int) -> tuple[int, int, int]:

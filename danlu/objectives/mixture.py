@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from danlu.config import Model
 from danlu.data.tokenizer import Special
+from danlu.nn.tasks import Head
 from danlu.objectives.frame import to_batch, wrap
 from danlu.objectives.lm import CausalLM, MaskedLM
 from danlu.objectives.pairs import NextSentence, SentenceOrder, answers, frame
@@ -86,6 +87,16 @@ class Mixture(Model):
     @property
     def packs(self) -> bool:
         return all(p.objective.packs for p in self.parts)
+
+    @property
+    def wants(self) -> str:
+        return self.parts[0].objective.wants
+
+    def tasks(self) -> tuple[Head, ...]:
+        return ()
+
+    def meet(self, labels: Sequence[str], counts: Sequence[int]) -> Self:
+        return self
 
     def room(self, length: int) -> tuple[int, int, int]:
         sizes, overlaps, reserves = zip(*(p.objective.room(length) for p in self.parts), strict=True)

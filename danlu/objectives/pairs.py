@@ -8,7 +8,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional
 from danlu.config import Model
 from danlu.data.tokenizer import Special
 from danlu.errors import ConfigError
+from danlu.nn.tasks import Head
 from danlu.objectives.frame import Columns, needed, pad_id, to_batch
 from danlu.objectives.protocol import Batch, Out, Rng, Row
 from danlu.words import _
@@ -46,8 +47,15 @@ class NextSentence(Model):
     inputs: ClassVar[tuple[str, ...]] = ("ids", "positions", "segments", "types")
     partner: ClassVar[bool] = True
     packs: ClassVar[bool] = False
+    wants: ClassVar[str] = "text"
 
     kind: Literal["next_sentence"] = "next_sentence"
+
+    def tasks(self) -> tuple[Head, ...]:
+        return ()
+
+    def meet(self, labels: Sequence[str], counts: Sequence[int]) -> Self:
+        return self
 
     def room(self, length: int) -> tuple[int, int, int]:
         return length, 0, 3
@@ -99,8 +107,15 @@ class SentenceOrder(Model):
     inputs: ClassVar[tuple[str, ...]] = ("ids", "positions", "segments", "types")
     partner: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    wants: ClassVar[str] = "text"
 
     kind: Literal["sentence_order"] = "sentence_order"
+
+    def tasks(self) -> tuple[Head, ...]:
+        return ()
+
+    def meet(self, labels: Sequence[str], counts: Sequence[int]) -> Self:
+        return self
 
     def room(self, length: int) -> tuple[int, int, int]:
         return length, 0, 3

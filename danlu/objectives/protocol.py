@@ -6,12 +6,13 @@ B rows, T tokens, V vocabulary, N positions that are learned from.  A term is on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from torch import Tensor
 
 from danlu.data.tokenizer import Special
+from danlu.nn.tasks import Head
 
 Row = Mapping[str, np.ndarray]      # ids [n], weights [n] (0 = only read), segments [n] (1..k), key [4], other [m] …
 Batch = dict[str, Tensor]           # ids, labels, weights, segments, positions …; first dimension = rows
@@ -34,7 +35,7 @@ class Objective(Protocol):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Heads the model must have: lm, mlm, nsp, sop."""
+        """Heads the model must have: lm, mlm, nsp, sop, or those of tasks by name."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -47,6 +48,16 @@ class Objective(Protocol):
     @property
     def packs(self) -> bool:
         """Whether a row may hold several documents."""
+
+    @property
+    def wants(self) -> str:
+        """What rows are learned from, as data/detect.py names it: text, chat, label, labels, score, tags …"""
+
+    def tasks(self) -> tuple[Head, ...]:
+        """Return the heads of tasks that the model must have, once `meet` has told the classes."""
+
+    def meet(self, labels: Sequence[str], counts: Sequence[int]) -> Self:
+        """Return the objective with what it must know of the data: its classes, and how often each stands there."""
 
     def room(self, length: int) -> tuple[int, int, int]:
         """Return (ids in a row, ids that pieces of one document share, places each piece needs beside its ids)."""

@@ -83,8 +83,9 @@ def cut(model: Any, number: int, blocks: Sequence[range]) -> None:
         for name in ("norm", "head", "pooler"):
             if hasattr(model, name):
                 setattr(model, name, None)
-        if hasattr(model, "pairs"):
-            model.pairs = nn.ModuleDict()
+        for name in ("pairs", "heads"):
+            if hasattr(model, name):
+                setattr(model, name, nn.ModuleDict())
 
 
 def mine(layout: Layout, index: int) -> list[int]:

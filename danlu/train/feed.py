@@ -25,11 +25,11 @@ Fed = tuple[dict[str, Tensor], Any]                    # the batch, and the posi
 
 
 def stream(shards: Shards, objective: Objective, *, length: int, overlong: Overlong, pack: bool,
-           seed: int | None) -> Stream:
-    """Return the rows of a prepared split, cut and packed as `objective` needs them."""
+           seed: int | None, group: int = 0) -> Stream:
+    """Return the rows of a prepared split, cut and packed as `objective` needs them, or of like length by `group`."""
     room, overlap, reserve = objective.room(length)
     return Stream(shards, length=room, overlap=overlap, reserve=reserve, overlong=overlong, pack=pack, seed=seed,
-                  partner=objective.partner)
+                  partner=objective.partner, group=group)
 
 
 class Steps(IterableDataset[Fed]):
@@ -38,11 +38,13 @@ class Steps(IterableDataset[Fed]):
     Worker w of n makes every n-th batch; the loader puts them in order again.  share = (index, of): of each step's
     rows only this share is read, the same global order for any number of shares; a step that has too few rows for all
     is filled up with rows that weigh nothing, so that every process takes as many steps.
+    tight: a batch is as long as its longest row, and not `length`.
     """
 
     def __init__(self, rows: Stream | Mixed, objective: Objective, vocab: Special, *, per_step: int, length: int,
                  seed: int, position: Any, rows_in_all: int | None = None, share: tuple[int, int] = (0, 1),
-                 fill: bool = False) -> None:
+                 fill: bool = False, tight: bool = False) -> None:
+        self.tight = tight
         self.rows, self.objective, self.vocab = rows, objective, vocab
         self.per_step, self.length, self.seed = per_step, length, seed
         self.position, self.rows_in_all, self.share, self.fill = position, rows_in_all, share, fill
@@ -72,7 +74,11 @@ class Steps(IterableDataset[Fed]):
         mine = plans[index * size : (index + 1) * size]
         spare = size - len(mine) if self.fill else 0
         rows = [self.rows.read(plan) for plan in (*mine, *[plans[0]] * spare)]
-        batch = self.objective.collate(rows, self.vocab, self.rng, self.length)
+        length = self.length
+        if self.tight:
+            room, _overlap, reserve = self.objective.room(length)
+            length += max(len(row["ids"]) for row in rows) - (room - reserve)
+        batch = self.objective.collate(rows, self.vocab, self.rng, length)
         if spare:
             for name, column in batch.items():
                 if name.endswith("weights"):
