@@ -1,13 +1,28 @@
-"""`danlu report run`: curves, figures, samples and origin of a run as one HTML file, without network or script."""
+"""`danlu report run`: curves, figures, samples and origin of a run as one HTML file, without network or script.
+
+Two files of a run folder tell how well a task is done; a key may be missing, a figure that is not a number is null.
+
+eval*.json, as lm-eval writes results, with more beside; TASK is the name of a data set, NAME that of a metric:
+    {"results": {TASK: {"NAME,none": 0.91, "NAME_stderr,none": 0.01}}, "intervals": {TASK: {NAME: [0.89, 0.93]}},
+     "higher_is_better": {TASK: {NAME: true}}, "report": {TASK: "a table as text"},
+     "confusion": {TASK: {"labels": ["bad", "good"], "counts": [[40, 3], [5, 52]]}}}      row: true class, column: predicted
+predictions*.jsonl, one line for each row, in any order:
+    {"file": "test.csv", "line": 7, "text": "…", "label": "good", "predicted": "bad", "probability": 0.98, "loss": 3.9}
+    text, label and predicted may be lists (pairs of texts, several labels) or numbers; probability: of what was predicted;
+    loss: of the row, in nats.
+"""
 
 from __future__ import annotations
 
 import gettext
+import heapq
 import importlib.util
 import io
 import json
 import math
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -20,11 +35,14 @@ from danlu.words import DOMAIN, LOCALE, _
 
 POINTS = 1500                                            # of a curve; more would not be seen
 SAMPLES = 12                                             # texts shown: the first, the last and some between
+CLASSES = 30                                             # a confusion matrix of more is told as its most frequent mistakes
+MISTAKES = 20                                            # shown: the rows of the highest loss, the pairs most often confused
+LONGEST = 500                                            # characters shown of a row's text
 COLOURS = ("#2563a8", "#c2410c")
 STYLE = """
 body{font:15px/1.5 system-ui,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei",sans-serif;color:#1c2024;
 background:#fff;max-width:68rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d9dde1}
+h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d9dde1}h3{font-size:1rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}
 figure{margin:0}figure svg{width:100%;height:auto}figcaption{font-weight:600}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .3em 0 .9em}
@@ -51,15 +69,15 @@ def require() -> None:
 
 
 def write(run: Path) -> Path:
-    """Write `run`/report.html from run.json, metrics.jsonl, samples.jsonl and eval*.json; return its path."""
+    """Write `run`/report.html from the run's own files; return its path."""
     require()
     if not (run / "run.json").is_file():
         raise ConfigError(_("there is no run in this folder: run.json is missing"), where=str(run),
                           fix=_("give the `out` folder of a training run"))
     record, lines = files.read_json(run / "run.json"), list(files.read_lines(run / "metrics.jsonl"))
     parts = [
-        heading(run, record, lines), charts(lines), evaluation(run, lines), samples(run), origin(record),
-        audit(record, lines), recipe(run)]
+        heading(run, record, lines), charts(lines), evaluation(run, lines), confusions(run), mistakes(run), samples(run),
+        origin(record), audit(record, lines), recipe(run)]
     files.write_text(run / "report.html", page(f"{run.resolve().name} · Danlu", "\n".join(parts)))
     return run / "report.html"
 
@@ -126,10 +144,16 @@ def svg(curves: Sequence[Sequence[tuple[int, float]]], logarithmic: bool) -> str
             axes.set_yscale("log")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        out = io.StringIO()
-        bare = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=bare)
-    return re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg"):], flags=re.DOTALL)
+        return drawn(figure)
+
+
+def drawn(figure: Any, style: str = "") -> str:
+    """Return a matplotlib figure as an SVG element without metadata."""
+    out = io.StringIO()
+    bare = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, metadata=bare)
+    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg"):], flags=re.DOTALL)
+    return text.replace("<svg", f'<svg style="{style}"', 1) if style else text
 
 
 def evaluation(run: Path, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -156,6 +180,97 @@ def evaluation(run: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     if rows:
         out += table([_("file"), _("data"), _("figure"), _("value"), _("95 % interval")], rows, numbers=True)
     return section(_("Evaluation"), out or paragraph(_("nothing was held out")))
+
+
+def confusions(run: Path) -> str:
+    """Return what was taken for what, of each evaluation that tells it, and its report of each class."""
+    out = ""
+    for path in sorted(run.glob("eval*.json")):
+        found = files.read_json(path)
+        tables, told = found.get("confusion", {}), found.get("report", {})
+        for task in dict.fromkeys([*tables, *told]):
+            out += f"<h3>{escape(f'{path.name} · {task}')}</h3>"
+            if task in tables:
+                out += confusion([str(name) for name in tables[task]["labels"]], tables[task]["counts"])
+            out += (f"<pre>{escape(str(told[task]))}</pre>" if task in told else "") + "\n"
+    return section(_("What was taken for what"), out) if out else ""
+
+
+def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Return a confusion matrix as an SVG element; of more than 30 classes the pairs most often confused, as a table."""
+    if len(labels) <= CLASSES:
+        return heat([short(name) for name in labels], counts)
+    pairs = ((n, labels[i], labels[j]) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n)
+    rows = [[true, guess, f"{n:,}"] for n, true, guess in heapq.nlargest(MISTAKES, pairs, key=lambda pair: pair[0])]
+    return table([_("true"), _("predicted"), _("rows")], rows, numbers=True)
+
+
+def short(name: str, columns: int = 24) -> str:
+    """Return a name cut to so many columns, a wide character (Han) taking two."""
+    out = ""
+    for character in name:
+        columns -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if columns < 0:
+            return out + "…"
+        out += character
+    return out
+
+
+def heat(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Return a confusion matrix as an SVG element: darker, the greater the share of the true class; counts where they fit."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    size = len(labels)
+    # the margins are reckoned here: matplotlib cannot measure characters of fonts that only the reader has
+    wide = 0.075 * max(sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in name) for name in labels) + 0.45
+    side = max(1.2, 0.36 * size)
+    shares = [[n / max(1, sum(row)) for n in row] for row in counts]
+    style = {"svg.fonttype": "none", "svg.hashsalt": "danlu", "font.family": "sans-serif", "text.parse_math": False,
+             "font.size": 9}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # glyphs matplotlib's own font lacks: the text stays text
+        figure = Figure(figsize=(wide + side + 0.15, wide + side + 0.15))
+        box = figure.bbox_inches
+        axes = figure.add_axes((wide / box.width, wide / box.height, side / box.width, side / box.height))
+        axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
+        axes.set(xticks=[i + 0.5 for i in range(size)], yticks=[i + 0.5 for i in range(size)], aspect="equal")
+        axes.set_xticklabels(labels, rotation=90)
+        axes.set_yticklabels(labels)
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        figure.text(0.5 * (wide + box.width) / box.width, 0.08 / box.height, _("predicted"), ha="center")
+        figure.text(0.08 / box.width, 0.5 * (wide + box.height) / box.height, _("true"), va="center", rotation=90)
+        for i, row in enumerate(counts):
+            for j, n in enumerate(row):
+                if n and len(str(n)) <= 5:
+                    axes.text(j + 0.5, i + 0.5, str(n), ha="center", va="center", fontsize=9 - max(0, len(str(n)) - 3),
+                              color="white" if shares[i][j] > 0.55 else "#1c2024")
+        return drawn(figure, f"max-width:{box.width:.2f}in;width:100%")
+
+
+def mistakes(run: Path) -> str:
+    """Return the rows judged wrongly that cost most: where the model was surest, or the label is wrong."""
+    out = ""
+    for path in sorted(run.glob("predictions*.jsonl")):
+        wrong = (line for line in files.read_lines(path) if line.get("label") is not None
+                 and line.get("label") != line.get("predicted") and isinstance(line.get("loss"), int | float))
+        worst = heapq.nlargest(MISTAKES, wrong, key=lambda line: float(line["loss"]))
+        rows = [[f"{line.get('file', '')}:{line.get('line', '')}", plain(line.get("text")), plain(line["label"]),
+                 plain(line.get("predicted")), number(line.get("probability")), number(line["loss"])] for line in worst]
+        if rows:
+            out += f"<h3>{escape(path.name)}</h3>" + table(
+                [_("row"), _("text"), _("true"), _("predicted"), _("probability"), _("loss")], rows, numbers=True)
+    return section(_("Worst errors"), out) if out else ""
+
+
+def plain(value: Any) -> str:
+    """Return a text, a number or a list of them as text of bounded length."""
+    if isinstance(value, list):
+        return plain(" | ".join(map(plain, value)))
+    text = number(value) if isinstance(value, float) else "" if value is None else str(value)
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 def samples(run: Path) -> str:

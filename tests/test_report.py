@@ -39,7 +39,14 @@ def run(tmp_path: Path) -> Path:
     (folder / "samples.jsonl").write_text(json.dumps({"step": 20, "text": EVIL + " 丹炉"}, ensure_ascii=False) + "\n")
     (folder / "eval_results.json").write_text(json.dumps({
         "results": {EVIL: {"alias": "x", "loss,none": 3.0625, "loss_stderr,none": 0.5}},
-        "intervals": {EVIL: {"loss": [2.0, 4.0]}}}))
+        "intervals": {EVIL: {"loss": [2.0, 4.0]}}, "report": {EVIL: f"{EVIL} precision"},
+        "confusion": {EVIL: {"labels": [EVIL, "$\\frac$ 好评", "x" * 50], "counts": [[40, 3, 0], [5, 521, 1], [0, 0, 0]]}}}))
+    lines = [{"file": "a.csv", "line": n, "text": f"{EVIL} row {n} " + "长" * 600 * (n == 3), "label": "bad",
+              "predicted": "bad" if n % 2 else "good", "probability": 0.75, "loss": n / 10} for n in range(100)]
+    lines.append({"file": "a.csv", "line": 100, "text": ["one", "two"], "label": ["x", "y"], "predicted": [], "loss": 77.125})
+    lines += [{"file": "a.csv", "line": 101, "text": "not labelled", "predicted": "bad"},
+              {"file": "a.csv", "line": 102, "text": "endless", "label": "bad", "predicted": "good", "loss": None}]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     (folder / "recipe.yaml").write_text(f"out: {EVIL}\n")
     return folder
 
@@ -76,7 +83,7 @@ def test_it_shows_everything_a_run_knows(run: Path, capsys: pytest.CaptureFixtur
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     text = " ".join(page.text)
     assert page.open == []
-    assert [tag for tag, _a in page.tags].count("svg") == 4
+    assert [tag for tag, _a in page.tags].count("svg") == 5             # four curves, one confusion matrix
     for told in ("2.56M parameters", "40 steps", "finished", "ab" * 32, "cd" * 32, "481,814", "820", "丹炉",
                  "8.2500", "3.1250", "3.5000", "2.0000 – 4.0000", "step 20 (best)"):
         assert told in text, told
@@ -96,6 +103,33 @@ def test_nothing_in_it_runs_or_is_fetched(run: Path) -> None:
                 assert value is not None and value.startswith("#"), (tag, value)
     assert "url(http" not in source and "@import" not in source
     assert EVIL not in source and source.count("alert(&#x27;x&#x27;)") >= 5
+
+
+def test_the_matrix_and_the_worst_errors_are_told(run: Path) -> None:
+    source = report.write(run).read_text(encoding="utf-8")
+    text = Page(source).text
+    for told in ("40", "521", "$\\frac$ 好评", "x" * 24 + "…", f"{EVIL} precision", f"eval_results.json · {EVIL}"):
+        assert told in text, told
+    rows = re.findall(r"<td>a\.csv:(\d+)</td><td>(.*?)</td>", source, re.DOTALL)
+    assert [int(line) for line, _text in rows] == [100, *range(98, 60, -2)]      # of the wrong ones, by falling loss
+    assert rows[0][1] == "one | two" and "<td>x | y</td>" in source
+    assert "not labelled" not in source and "endless" not in source
+    assert report.plain("长" * 600) == "长" * report.LONGEST + "…"
+
+
+def test_a_large_matrix_is_told_as_its_mistakes() -> None:
+    counts = [[1000 if i == j else i if j == 0 else 0 for j in range(50)] for i in range(50)]
+    page = Page(report.confusion([f"class {i}" for i in range(50)], counts))
+    assert "svg" not in [tag for tag, _a in page.tags]
+    cells = [text for text in page.text if text.strip()][3:]
+    assert cells[:6] == ["class 49", "class 0", "49", "class 48", "class 0", "48"] and len(cells) == 3 * report.MISTAKES
+
+
+@pytest.mark.parametrize("size", [1, 2, 30])
+def test_a_matrix_of_any_size_is_drawn(size: int) -> None:
+    page = Page(report.confusion([f"类别 {i}" for i in range(size)], [[i * j for i in range(size)] for j in range(size)]))
+    assert page.open == [] and f"类别 {size - 1}" in page.text
+    assert {tag for tag, _a in page.tags} & {"image", "script"} == set()
 
 
 def test_curves_hold_the_metrics_and_nothing_else() -> None:

@@ -57,6 +57,7 @@ def test_classes_are_scikit_learns(size: int) -> None:
     assert set(found.figures) <= set(HIGHER)
 
 
+@pytest.mark.filterwarnings("ignore:A single label")
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_every_resample_has_scikit_learns_figures(rows: list[tuple[int, int]]) -> None:
