@@ -250,7 +250,7 @@ def fresh_model(run: Run, vocab: int, device: torch.device) -> Any:
 
 def judge(run: Run, subject: Subject, file: str, device: torch.device) -> Result:
     """Return what the subject scores on the held-out part of the run's data, and keep it in the run folder."""
-    folder = run.data[0].path
+    folder = run.data[0].folder
     result = evaluate(subject, read_prepared(folder, "val", subject.tokenizer), task=folder.name, device=device)
     run.out.mkdir(parents=True, exist_ok=True)
     files.write_json(run.out / file, result.record())
@@ -279,7 +279,7 @@ def tell_result(out: Path, run: Run, before: Result, after: Result, seconds: flo
 
 def next_commands(out: Path, run: Run) -> list[str]:
     """Return commands that work as they stand, from this folder."""
-    here, data, recipe = (shlex.quote(str(path)) for path in (run.out, run.data[0].path, out / "pretrain.yaml"))
+    here, data, recipe = (shlex.quote(str(path)) for path in (run.out, run.data[0].folder, out / "pretrain.yaml"))
     longer = shlex.quote(str(out / "longer"))
     lines = [f'generate {here} --prompt "Return the"', f'generate {here} --prompt "训练模型"', f"eval {here} --data {data}",
              f"inspect {data} --row 17", f"ckpt verify {here}",

@@ -37,11 +37,11 @@ FREE = ("rejects", "split.strict")                              # settings that 
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the folder for this process.  Raises ConfigError when another one prepares it."""
+def alone(out: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the folder for this process.  Raises ConfigError when another one prepares it, unless it may `wait`."""
     with (out / ".lock").open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(_("another process prepares this folder"), where=str(out),
                               fix=_("wait for it, or choose another `out`")) from None

@@ -225,6 +225,11 @@ class Shards:
         return sum(entry.tokens for entry in self.entries)
 
     @property
+    def weighted(self) -> bool:
+        """Whether some tokens of the split may weigh more or less than others."""
+        return any("weights" in arrays for arrays in self._arrays)
+
+    @property
     def top(self) -> int:
         """The greatest id in the split, which a model's vocabulary must exceed; -1 when there is none."""
         return max((entry.top for entry in self.entries), default=-1)
@@ -290,6 +295,14 @@ class Shards:
             base = int(arrays["offsets"][number])
             return arrays["tags"][base + start : base + stop]
         return np.asarray(arrays[name][number])
+
+    def tally(self, name: str, classes: int) -> np.ndarray:
+        """Return how often each of `classes` stands in a column [classes] int64: numbers, -100 for none, or zeros and ones."""
+        total = np.zeros(classes, np.int64)
+        for arrays in self._arrays:
+            column = arrays[name]
+            total += column.sum(0) if column.ndim == 2 else np.bincount(column[column >= 0], minlength=classes)[:classes]
+        return total
 
     def document(self, number: int) -> Document:
         """Return document `number` (0-based, over all shards).  Raises IndexError when there is none."""

@@ -105,6 +105,44 @@ class Tokenizer:
         after = [self.special.eos] if self.add_eos else []
         return np.concatenate([np.array(before, np.int64), ids, np.array(after, np.int64)])
 
+    def together(self, stretches: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return one text's ids or two as a row that a task reads, and how many ids are of type 0 and of type 1.
+
+        Special tokens stand where the tokenizer's own template puts them (BERT: [CLS] A [SEP] B [SEP]); a tokenizer
+        without one gets cls and sep if it has them, else what `frame` adds.
+        """
+        before, between, after, types = self._around[len(stretches) - 1]
+        row = np.concatenate([before, stretches[0], *([between, stretches[1]] if len(stretches) > 1 else []), after])
+        second = len(stretches[1]) + len(after) if types and len(stretches) > 1 else 0
+        return row, (len(row) - second, second)
+
+    def room_beside(self, stretches: int) -> int:
+        """Return how many special tokens `together` adds."""
+        before, between, after, _types = self._around[stretches - 1]
+        return len(before) + (len(between) if stretches > 1 else 0) + len(after)
+
+    @cached_property
+    def _around(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, bool], ...]:
+        """Return for one text and for two: the ids before, between and after, and whether the second is of type 1."""
+        return tuple(self._template(number) for number in (1, 2))
+
+    def _template(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+        parts = [self.raw.encode("a", add_special_tokens=False) for _part in range(number)]
+        full = self.raw.post_process(*parts, add_special_tokens=True)
+        if len(full.ids) > sum(len(part.ids) for part in parts):
+            places = [i for i, sequence in enumerate(full.sequence_ids) if sequence is not None]
+            first, last = places[0], places[-1]
+            inner = [i for i, sequence in enumerate(full.sequence_ids) if sequence is None and first < i < last]
+            ids = np.array(full.ids, np.int64)
+            return ids[:first], ids[inner], ids[last + 1 :], number == 2 and full.type_ids[last] == 1
+        named = {role: self.id(token) for role, token in self.named.items()}
+        if named.get("cls") is not None and named.get("sep") is not None:
+            cls, sep = (np.array([named[role]], np.int64) for role in ("cls", "sep"))
+            return cls, sep, sep, True
+        whole = self.frame(np.zeros(0, np.int64))
+        before, after = np.split(whole, [int(self.add_bos)])
+        return before, np.array([i for i in [named.get("eos")] if i is not None], np.int64), after, False
+
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         """Return the text of `ids`; special tokens are spelt out, or left out with `special=False`."""
         text: str = self.raw.decode([int(i) for i in ids], skip_special_tokens=not special)

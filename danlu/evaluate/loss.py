@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ class Loss:
     sums: Tensor                                         # [batches, terms] float64
     counts: Tensor                                       # [batches, terms] float64
     bytes: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)       # of the task, by name
 
     def means(self) -> Tensor:
         """Return [terms] losses."""
@@ -43,7 +44,7 @@ class Loss:
             result[f"{prefix}perplexity"] = math.exp(min(float(means[0]), 700.0))
         if self.terms[0] == "lm" and self.bytes:
             result[f"{prefix}bits_per_byte"] = float(self.sums[:, 0].sum()) / math.log(2) / self.bytes
-        return result
+        return {f"{prefix}{name}": value for name, value in self.figures.items()} | result
 
 
 def predicted_bytes(shards: Shards, tokenizer: Tokenizer) -> int:

@@ -84,8 +84,8 @@ class Subject:
         if self.run is None:
             raise ConfigError(_("there is nothing to evaluate on"), where=str(self.folder),
                               fix="danlu eval RUN --data heldout.txt")
-        named: list[tuple[str, str]] = [(str(s.path), s.split) for s in self.run.eval]
-        return named or [(str(s.path), "val") for s in self.run.data]
+        named: list[tuple[str, str]] = [(str(s.folder), s.split) for s in self.run.eval]
+        return named or [(str(s.folder), "val") for s in self.run.data]
 
     @property
     def length(self) -> int:

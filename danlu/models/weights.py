@@ -53,11 +53,18 @@ def to_hf(cfg: Config, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
     return names.to_hf(_family(cfg).names(cfg), state)
 
 
-def from_hf(cfg: Config, tensors: Mapping[str, Tensor], *, where: str | None = None) -> dict[str, Tensor]:
-    """Return the weights under our names, mostly views.  IncompatibleError names a missing, left-over or misshapen one."""
+def from_hf(cfg: Config, tensors: Mapping[str, Tensor], *, where: str | None = None,
+            fresh: Callable[[str], bool] = lambda name: False, heads: bool = True) -> dict[str, Tensor]:
+    """Return the weights under our names, mostly views.  IncompatibleError names a missing, left-over or misshapen one.
+
+    fresh: our names that may be missing.  heads: whether those of tasks are read, for they are the same tasks.
+    """
     family = _family(cfg)
     tensors = {family.modern(cfg, name): tensor for name, tensor in tensors.items()}
-    return names.from_hf(family.names(cfg), tensors, shapes(cfg), where=where)
+    for name in family.names(cfg) if not heads else ():
+        if any(ours.startswith("heads.") for ours in name.ours):
+            tensors.pop(name.theirs, None)
+    return names.from_hf(family.names(cfg), tensors, shapes(cfg), where=where, fresh=fresh)
 
 
 def shapes(cfg: Config) -> dict[str, torch.Size]:
@@ -151,13 +158,20 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     return model
 
 
-def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path) -> None:
+def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path, *,
+         fresh: Callable[[str], bool] = lambda name: False) -> list[str]:
     """Copy the weights of `folder` into `held` (our names), of which each may be a part of the whole (DTensor).
 
     No more is read than that, but the folder must hold the whole model, and every name and shape of it is checked.
+    fresh: names that may be missing, or of another head; those of them that were not filled are returned.
     """
-    state = from_hf(cfg, read_tensors(folder), where=str(folder))
+    tensors, other = read_tensors(folder), read_config(folder).tasks != cfg.tasks
+    state = from_hf(cfg, tensors, where=str(folder), fresh=fresh, heads=not other)
+    lacking = []
     for name, tensor in held.items():
+        if name not in state and fresh(name):
+            lacking.append(name)
+            continue
         found = tuple(state[name].shape) if name in state else None
         if found is None:
             raise IncompatibleError(_("no tensor gives the weight {name}").format(name=name), where=str(folder))
@@ -165,6 +179,7 @@ def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path) -> None:
             raise IncompatibleError(_("the weight {name} has shape {found}, and the model asks for {wanted}").format(
                 name=name, found=found, wanted=tuple(tensor.shape)), where=str(folder))
         placed.fill(tensor, partial(state.__getitem__, name))
+    return lacking
 
 
 def save(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None,

@@ -37,7 +37,8 @@ class Classify(Model):
     name: str = Field("classify", description="Name of the head.")
     several: bool = Field(False, description="A row may have any number of classes, none included.")
     labels: tuple[str, ...] = Field((), description="Names of the classes; empty: those of the training data.")
-    smoothing: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="Share of the target spread evenly over the classes.")
+    smoothing: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="Share of the target spread evenly over the classes.")
     focal: float = Field(0.0, ge=0, allow_inf_nan=False, description="Focal loss: how much less sure rows count (Lin et al., "
                          "2017: 2); 0: cross-entropy.")
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(

@@ -65,6 +65,7 @@ class Plan:
     patience: int | None
     min_delta: float
     metric: str
+    higher: bool                                         # more of it is better
     flops: float                                         # of one step, forward and backward
     peak: float                                          # measured FLOP/s of this device, 0 = unknown
 
@@ -212,7 +213,7 @@ class Loop:
             self.hooks.beat(progress.step, "sample")
             self.hooks.sample()
         if (_due(progress.step, plan.evaluate, plan.total) or progress.step == plan.total) and self.evaluate():
-            say(_("stopped early at step {step}: {metric} has not fallen for {n} evaluations").format(
+            say(_("stopped early at step {step}: {metric} has not become better for {n} evaluations").format(
                 step=progress.step, metric=plan.metric, n=progress.waited))
             return True
         best = plan.best and progress.best_step == progress.step
@@ -232,9 +233,10 @@ class Loop:
         progress.evaluation = values
         if plan.metric not in values:
             raise ConfigError(_("there is no metric {name}; there are {names}").format(
-                name=plan.metric, names=", ".join(values)), where="stop.metric")
+                name=plan.metric, names=", ".join(values)), where="metric")
         value = values[plan.metric]
-        if progress.best is None or value < progress.best - plan.min_delta:
+        sign = 1 if plan.higher else -1
+        if progress.best is None or sign * (value - progress.best) > plan.min_delta:
             progress.best, progress.best_step, progress.waited = value, progress.step, 0
             return False
         progress.waited += 1
@@ -260,11 +262,12 @@ class Loop:
     def line(self, loss: float, lr: float, norm: float, clock: _Clock) -> str:
         """Return the live line."""
         plan, progress, saved = self.plan, self.progress, self.hooks.saved()
-        val = progress.evaluation.get("eval/loss")
+        val, goal = progress.evaluation.get("eval/loss"), progress.evaluation.get(plan.metric)
         parts = [
             _("step {step}/{total} {percent:.0f}%").format(step=progress.step, total=plan.total,
                                                           percent=100 * progress.step / plan.total),
             _("loss {loss:.4f}").format(loss=loss), "" if val is None else _("val {val:.4f}").format(val=val),
+            "" if goal is None or plan.metric == "eval/loss" else f"{plan.metric.removeprefix('eval/')} {goal:.4f}",
             f"lr {lr:.2e}", _("grad {norm:.2f}").format(norm=norm), f"{count(clock.speed)} tok/s",
             f"{memory() / 1e6:.0f} MB", _("ETA {time}").format(time=duration((plan.total - progress.step) * clock.seconds)),
             _("saved {age} ago").format(age=saved) if saved else "",

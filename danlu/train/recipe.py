@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from danlu.config import Model
+from danlu.data.inputs import Format
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
@@ -21,11 +22,37 @@ Models = Annotated[Decoder | Encoder, Field(discriminator="kind")]
 
 
 class Source(Model):
-    """A prepared folder (what `danlu prepare` wrote), which part of it, and its share in a mixture."""
+    """A prepared folder (what `danlu prepare` wrote) or files of rows, which part of it, and its share in a mixture."""
 
-    path: Path = Field(description="Folder that `danlu prepare` wrote.")
-    split: Literal["train", "val", "test"] = Field("train", description="Which part of it.")
+    path: str = Field(min_length=1, description="Folder that `danlu prepare` wrote; or a file, folder, pattern or hf://name of "
+                      "rows, whose format is detected; `#500` takes 500 of them.")
+    split: Literal["train", "val", "test"] = Field("train", description="Which part of a prepared folder.")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the rows, relative to other sources.")
+    columns: dict[str, str | int] = Field({}, description="Columns by role, where detection needs help: text, pair, label, "
+                                          "score, tokens, tags, context, question, answers, prompt, completion, messages …")
+    format: Format = Field("auto", description="Format of the files; auto goes by their names.")
+    encoding: str = Field("utf-8", description="Encoding of the text, for example gb18030; it is never guessed.")
+    header: bool | None = Field(None, description="Whether the first row of csv and tsv files names the columns; empty: it is seen.")
+    delimiter: str | None = Field(None, min_length=1, max_length=1, description="Between csv columns; comma or tab.")
+    prepared: Path | None = Field(None, description="Where the rows stand as ids; filled in by the run.")
+
+    @property
+    def folder(self) -> Path:
+        """The prepared folder."""
+        return self.prepared or Path(self.path)
+
+    @property
+    def raw(self) -> bool:
+        """Whether this names rows that are not prepared."""
+        return not (Path(self.path) / "manifest.json").is_file()
+
+
+class Chats(Model):
+    """How conversations become text, and which of it is learned."""
+
+    template: Path | None = Field(None, description="Jinja file of the chat template; empty: that of the tokenizer's folder, else ChatML.")
+    learn: Literal["answers", "last", "all"] = Field(
+        "answers", description="Turns that carry loss: the assistant's, its last one, or everything.")
 
 
 class Every(Model):
@@ -40,11 +67,10 @@ class Every(Model):
 
 
 class Stop(Model):
-    """Early stopping: end when the metric has not fallen for `patience` evaluations."""
+    """Early stopping: end when `metric` of the recipe has not become better for `patience` evaluations."""
 
     patience: int = Field(ge=1, description="Evaluations without improvement before the run ends.")
-    metric: str = Field("eval/loss", description="What must fall.")
-    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False, description="A fall smaller than this is none.")
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False, description="A smaller improvement is none.")
 
 
 class Guard(Model):
@@ -52,10 +78,16 @@ class Guard(Model):
 
     max_skips: int = Field(3, ge=0, description="Updates in a row that may be skipped for bad numbers before the run stops.")
     spike: float = Field(6.0, gt=0, description="Skip an update whose loss lies this many deviations above its history.")
+    rejects: float = Field(0.0, ge=0, le=1, description="Share of the rows of a file that may be unusable and left out.")
     overlap: float = Field(0.0, ge=0, le=1, description="Share of evaluation documents that may stand in the training data.")
     hang: float = Field(600.0, ge=0, allow_inf_nan=False, description="Seconds without a step after which a run counts as hung: "
                         "stacks are written down, and it ends with exit code 75; 0 = never.")
     reload: bool = Field(True, description="Save, reload and compare before the first step.")
+
+
+def _metric(name: Any) -> Any:
+    """Return the name of a metric as a run writes it: accuracy and eval_accuracy are eval/accuracy."""
+    return f"eval/{name.removeprefix('eval_').removeprefix('eval/')}" if isinstance(name, str) else name
 
 
 class Run(Model):
@@ -66,6 +98,10 @@ class Run(Model):
     start: Path | None = Field(None, description="… or a checkpoint or Hugging Face folder to start from.")
     data: tuple[Source, ...] = Field(min_length=1, description="Prepared folders with weights.")
     eval: tuple[Source, ...] = Field((), description="Held-out data; by default the `val` part of `data`.")
+    held_out: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False, description="Share of the rows of unprepared `data` that is held "
+                            "out where `eval` is empty, of each class.")
+    tokenizer: Path | None = Field(None, description="Folder of the tokenizer for unprepared data; empty: that of `start`.")
+    chat: Chats = Chats()
     objective: Objectives = Field(description="What is learned.")
     optim: Optimizers = Field(description="How parameters follow gradients.")
     schedule: Schedules = Field(description="How the learning rate moves.")
@@ -87,10 +123,12 @@ class Run(Model):
     pack: bool = Field(True, description="Fill rows with several documents, isolated from each other.")
     overlong: Literal["error", "split", "drop", "cut"] = Field(
         "error", description="What to do with a document longer than a row.")
+    group_by_length: bool = Field(True, description="Without packing: rows of like length come in one step, in random order of steps.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order, masks and dropout.")
     clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="Largest norm of the gradient.")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of an average of the weights, saved beside them.")
     every: Every = Every()
+    metric: Annotated[str, BeforeValidator(_metric)] = Field("eval/loss", description="What the best checkpoint and early stopping go by.")
     stop: Stop | None = None
     guard: Guard = Guard()
     workers: int = Field(0, ge=0, description="Processes that make batches; 0 = this one.")
@@ -122,6 +160,9 @@ class Run(Model):
             problems.append(_("objective {kind} needs an encoder; set model.kind=encoder").format(kind=self.objective.kind))
         if self.pack and self.objective.partner:
             problems.append(_("sentence pairs fill their rows themselves; set pack=false"))
+        if self.model is not None and self.model.kind == "decoder" and self.layout.cp > 1 and self.objective.tasks():
+            problems.append(_("objective {kind} reads the last token of a row, which layout.cp cuts away; set layout.cp=1").format(
+                kind=self.objective.kind))
         if self.model is not None and self.length > self.model.context:
             problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
                             .format(length=self.length, context=self.model.context))
@@ -166,6 +207,16 @@ class Run(Model):
         """Rows of a micro-batch of one process."""
         return max(1, self.step_rows // self.layout.dp // self.layout.micro)
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents."""
+        return self.pack and self.objective.packs
+
+    @property
+    def tight(self) -> bool:
+        """Whether a batch is as long as its longest row; pipelines and compiled blocks want one length."""
+        return not self.packed and self.layout.pp == self.layout.cp == 1 and not self.compile
+
     ALIASES: ClassVar[Mapping[str, str | Callable[[Any], dict[str, Any]]]] = {}
 
 
@@ -189,7 +240,11 @@ Run.ALIASES = {
     "cutoff_len": "length", "sequence_len": "length", "max_length": "length", "max_seq_length": "length",
     "packing": "pack", "sample_packing": "pack", "neat_packing": "pack",
     "logging_steps": "every.log", "save_steps": "every.save", "save_total_limit": "every.keep",
-    "eval_steps": "every.evaluate", "early_stopping_steps": "stop.patience",
+    "eval_steps": "every.evaluate", "early_stopping_steps": "stop.patience", "metric_for_best_model": "metric",
+    "val_size": "held_out", "val_set_size": "held_out", "split_dataset_ratio": "held_out",
+    "template": "chat.template", "chat_template": "chat.template",
+    "mask_history": lambda v: {"chat.learn": "last"} if v else {}, "train_on_prompt": lambda v: {"chat.learn": "all"} if v else {},
+    "train_on_inputs": lambda v: {"chat.learn": "all"} if v else {},
     "per_device_train_batch_size": "micro_rows", "micro_batch_size": "micro_rows",
     "global_batch_size": "rows", "gradient_accumulation_steps": "layout.micro",
     "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "max_grad_norm": "clip",

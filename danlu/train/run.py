@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from danlu import files, parallel, report
 from danlu.errors import ConfigError
+from danlu.evaluate.judge import RESAMPLES, Said, can_judge, judge
+from danlu.evaluate.judge import require as require_metrics
 from danlu.evaluate.loss import Loss, measure, predicted_bytes
 from danlu.generate import generate
 from danlu.log import Metrics, say, silence
 from danlu.models.decoder import DecoderModel
 from danlu.nn import placed
 from danlu.objectives.protocol import Batch
+from danlu.parallel import World
 from danlu.train import checkpoint, receipt
 from danlu.train.feed import Steps, batches, stream, watched
 from danlu.train.loop import Hooks, Loop
@@ -40,6 +44,7 @@ def train(run: Run) -> Path:
                           fix=_("choose another `out`, or leave resume at true"))
     if run.report:
         report.require()
+    require_metrics(run.objective)
     if run.start is not None:
         run = run.model_copy(update={"start": checkpoint.chosen(run.start)})
     world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device))
@@ -58,7 +63,7 @@ def train(run: Run) -> Path:
     watchdog = Watchdog(run.out, run.guard.hang, world)
     with listening() as asked, watched(), watchdog:
         steps = Steps(work.rows, run.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
-                      seed=run.seed, position=work.progress.position, share=(world.index("dp"), run.layout.dp))
+                      seed=run.seed, position=work.progress.position, share=(world.index("dp"), run.layout.dp), tight=run.tight)
         feed = batches(steps, workers=run.workers)
         saver = Saver(run, work, data, choice, last=found)
         try:
@@ -83,21 +88,45 @@ def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Los
     """Return the loss on all held-out rows, in stored order, with masks that never change; `alive` is called on the way."""
     if not data.held_out:
         return None
-    parts = []
+    parts, engine = [], work.engine
+    said = Said(run.objective) if can_judge(run.objective) and run.layout.pp == 1 else None
+
+    def sums(batch: Batch) -> Tensor:
+        if said is None:
+            return engine.sums(batch)
+        out = engine.outputs(batch)
+        said.add(out, batch)
+        return run.objective.loss(out, batch)
+
     for shards in data.held_out:
         rows = stream(shards, run.objective, length=run.length, overlong=run.overlong,
-                      pack=run.pack and run.objective.packs, seed=None)
-        number, engine, layout = rows.rows(0), work.engine, run.layout
+                      pack=run.packed, seed=None)
+        number, layout = rows.rows(0), run.layout
         alone = engine.world.size == 1
         at_once = max(1, run.part_rows, AT_ONCE // run.length) if layout.pp == 1 else run.part_rows * layout.micro
         steps = Steps(rows, run.objective, data.tokenizer.special, length=run.length, seed=0, position=rows.begin(),
                       per_step=min(number, at_once) if alone else at_once * layout.dp, rows_in_all=number,
-                      share=(engine.world.index("dp"), layout.dp), fill=not alone)
-        measured = measure(work.model, run.objective, _given(steps, work, alive), engine.sums,
-                           bytes=predicted_bytes(shards, data.tokenizer) if rows.counts["tokens_lost"] == 0 else 0)
+                      share=(engine.world.index("dp"), layout.dp), fill=not alone, tight=run.tight)
+        measured = measure(work.model, run.objective, _given(steps, work, alive), sums,
+                           bytes=predicted_bytes(shards, data.tokenizer) if rows.counts["tokens_lost"] == 0 and not shards.weighted else 0)
         parts.append(replace(measured, sums=engine.total(measured.sums), counts=engine.world.add(measured.counts, ("dp", "cp"))))
+    figures = {} if said is None else {n: one.value for n, one in judge(
+        run.objective, together(said.arrays(), engine.world), resamples=RESAMPLES).figures.items() if n != "loss"}
     return Loss(parts[0].terms, parts[0].scales, torch.cat([p.sums for p in parts]), torch.cat([p.counts for p in parts]),
-                sum(p.bytes for p in parts) if all(p.bytes for p in parts) else 0)
+                sum(p.bytes for p in parts) if all(p.bytes for p in parts) else 0, figures)
+
+
+def together(columns: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Return columns [N, …] of every data-parallel process, one after the other; each has as many rows."""
+    of = world.layout.dp
+    if of == 1:
+        return columns
+    made = {}
+    for name, column in columns.items():
+        whole = torch.zeros(of, *column.shape, dtype=column.dtype)
+        whole[world.index("dp")] = column
+        made[name] = world.add(whole, ("dp",)).flatten(0, 1)
+    return made
 
 
 def _given(steps: Steps, work: Work, alive: Callable[[], None]) -> Iterator[Batch]:

@@ -99,7 +99,7 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     rows = run.step_rows if run.layout.pp > 1 else run.layout.dp               # a pipeline takes no other number
     batch, _after = next(iter(Steps(work.rows, run.objective, data.tokenizer.special, length=run.length, seed=run.seed,
                                     per_step=rows, position=work.progress.position,
-                                    share=(world.index("dp"), run.layout.dp))))
+                                    share=(world.index("dp"), run.layout.dp), tight=run.tight)))
     batch = engine.to_device(batch)
     work.model.eval()
     with torch.no_grad():

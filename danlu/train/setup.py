@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from danlu.data.shards import Shards, read_manifest
 from danlu.data.stream import Mixed, Stream
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
+from danlu.evaluate import metrics
 from danlu.log import count, say
 from danlu.models import weights
 from danlu.models.build import build
@@ -46,13 +48,13 @@ class Data:
 def open_data(run: Run) -> Data:
     """Open and verify the prepared folders of `run`.  Raises DataError or IncompatibleError."""
     def opened(source: Source) -> Shards:
-        return Shards(source.path, source.split, verify=run.verify == "full")
+        return Shards(source.folder, source.split, verify=run.verify == "full")
 
     train = [opened(source) for source in run.data]
     held_out = [opened(source) for source in run.eval] or [
-        opened(s.model_copy(update={"split": "val"})) for s in run.data if "val" in read_manifest(s.path)["splits"]]
+        opened(s.model_copy(update={"split": "val"})) for s in run.data if "val" in read_manifest(s.folder)["splits"]]
     held_out = [shards for shards in held_out if shards.documents]
-    folders = {str(s.path): Tokenizer.load(s.path / "tokenizer") for s in (*run.data, *run.eval)}
+    folders = {str(s.folder): Tokenizer.load(s.folder / "tokenizer") for s in (*run.data, *run.eval)}
     if run.start is not None and (run.start / "tokenizer.json").is_file():
         folders[str(run.start)] = Tokenizer.load(run.start)
     for shards in (*train, *held_out):
@@ -68,22 +70,28 @@ def open_data(run: Run) -> Data:
             _("the tokenizers differ: {hashes}").format(
                 hashes=", ".join(f"{p} {t.sha256[:12]}" for p, t in folders.items())),
             fix=_("prepare the data with the tokenizer of the model: name its folder under `tokenizer`"))
-    first = str(run.data[0].path)
-    return Data(train, held_out, folders[first], run.data[0].path / "tokenizer",
+    first = str(run.data[0].folder)
+    return Data(train, held_out, folders[first], run.data[0].folder / "tokenizer",
                 files.digest([s.fingerprint for s in train]), tuple(s.weight for s in run.data))
 
 
 def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run, paths.Choice]:
     """Fill in what the recipe leaves to the data and the machine; a resumed run takes what it had before."""
     special = data.tokenizer.special
-    changes: dict[str, Any] = {}
+    objective = run.objective.meet(*classes(data))
+    changes: dict[str, Any] = {"objective": objective}
+    tasks = objective.tasks()
+    plain = [name for name in objective.heads if name not in {task.name for task in tasks}]
     if run.start is not None:
         model = weights.read_config(run.start)
-        if model.kind == "encoder":
-            model = model.with_heads(run.objective.heads)
+        if tasks:
+            model = model.with_tasks(tasks, outputs=plain)
+        elif model.kind == "encoder":
+            model = model.with_heads(plain)
         changes["model"] = model
     elif run.model is not None:
-        model = run.model.filled(vocab=special.size, heads=run.objective.heads, pad=special.pad)
+        model = (run.model.with_tasks(tasks, outputs=plain) if tasks else run.model).filled(
+            vocab=special.size, heads=objective.heads, pad=special.pad)
         changes["model"] = model
     top = max(shards.top for shards in (*data.train, *data.held_out))
     if (model.vocab or 0) < max(special.size, top + 1):
@@ -111,15 +119,37 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     return run, crew.first(lambda: paths.choose(world.device, dtype, shape, causal=causal))
 
 
+def classes(data: Data) -> tuple[list[str], list[int]]:
+    """Return the names of the classes of the training data and how often each stands there; none where there are none."""
+    named = data.train[0].manifest.get("labels") or []
+    for shards in (*data.train, *data.held_out):
+        if (shards.manifest.get("labels") or []) != named:
+            raise IncompatibleError(_("the classes of the sources differ: {a} here, {b} there").format(
+                a=", ".join(shards.manifest.get("labels") or []), b=", ".join(named)), where=shards.name,
+                fix=_("prepare them together, or name all classes in objective.labels"))
+    counts = np.zeros(len(named), np.int64)
+    for shards in data.train if named else ():
+        for name in ("label", "tags"):
+            if name in shards.answers:
+                counts += shards.tally(name, len(named))
+    return list(named), counts.tolist()
+
+
 def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
     """Return this process's part of the model, with its first weights: random by the seed, or those of `start`."""
     placed = place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, compile=run.compile,
                    length=run.length, rows=run.part_rows)
+    placed.init(run.seed)
     if run.start is not None:
-        weights.fill(dict(placed.named_parameters()), run.network, run.start)
-    else:
-        placed.init(run.seed)
+        fresh = weights.fill(dict(placed.named_parameters()), run.network, run.start, fresh=is_head)
+        if fresh:
+            say(_("new weights, made at random: {names}").format(names=", ".join(sorted(fresh))))
     return placed.use(choice).train().begin()
+
+
+def is_head(name: str) -> bool:
+    """Return whether a weight of ours belongs to a task, so that a model to start from may lack it."""
+    return name.startswith(("heads.", "pooler."))
 
 
 @dataclass
@@ -140,17 +170,19 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
     engine = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
     optimizer = run.optim.build((leaf.name, leaf.local) for leaf in engine.leaves)
-    streams = [stream(s, run.objective, length=run.length, overlong=run.overlong, pack=run.pack and run.objective.packs,
-                      seed=chance.torch_seed(run.seed, "order", (i,))) for i, s in enumerate(data.train)]
+    streams = [stream(s, run.objective, length=run.length, overlong=run.overlong, pack=run.packed,
+                      seed=chance.torch_seed(run.seed, "order", (i,)), group=run.step_rows if run.group_by_length else 0)
+               for i, s in enumerate(data.train)]
     for source, part in zip(run.data, streams, strict=True):
-        guard.check_source(part, str(source.path))
+        guard.check_source(part, source.path)
     rows = streams[0] if len(streams) == 1 else Mixed(streams, data.shares, seed=run.seed)
     total = run.steps or math.ceil(sum(s.rows(0) for s in streams) * (run.epochs or 1) / run.step_rows)
     guard.check_schedule(run.schedule, total)
     every = run.every
     plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
                 save=every.save, sample=every.sample, best=every.best, patience=run.stop.patience if run.stop else None,
-                min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.stop.metric if run.stop else "eval/loss",
+                min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.metric,
+                higher=not run.metric.endswith("loss") and metrics.direction(run.metric),
                 flops=model.whole.flops(run.length) * run.step_rows * run.length,
                 peak=parallel.peak(engine.device, run.precision) * engine.world.size)
     ema = {n: placed.local(p).clone() for n, p in model.state_dict().items()} if run.ema else None

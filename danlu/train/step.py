@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from danlu import chance
 from danlu.fault import fault
 from danlu.nn import placed as tensors
-from danlu.objectives.protocol import Batch, Objective
+from danlu.objectives.protocol import Batch, Objective, Out
 from danlu.parallel import autocast, context
 from danlu.parallel.place import Placed
 
@@ -55,9 +55,12 @@ class Engine:
         """
         if self.placed.pipe is not None:
             return self.placed.pipe.run(dict(batch), None)
+        return self.objective.loss(self.outputs(batch), batch)
+
+    def outputs(self, batch: Batch) -> Out:
+        """Return what the model says of this process's `batch`; not in a pipeline, where no process has it all."""
         with autocast(self.precision, self.device):
-            out = self.placed.call(**{name: batch[name] for name in self.objective.inputs if name in batch})
-        return self.objective.loss(out, batch)
+            return self.placed.call(**{name: batch[name] for name in self.objective.inputs if name in batch})  # type: ignore[no-any-return]
 
     def total(self, sums: Tensor) -> Tensor:
         """Return sums of this process's rows, of any shape, summed over all processes: each row and each token once."""

@@ -53,7 +53,7 @@ def look(run: Run, world: World, steps: int, precision: str) -> Iterator[tuple[E
     work = assemble(run, data, make_model(run, choice, world))
     engine = work.engine
     feed = iter(Steps(work.rows, run.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
-                      seed=run.seed, position=work.progress.position, share=(world.index("dp"), run.layout.dp)))
+                      seed=run.seed, position=work.progress.position, share=(world.index("dp"), run.layout.dp), tight=run.tight))
     for step in range(steps):
         batch, _after = next(feed)
         losses = engine.forward_backward(batch, step=step)

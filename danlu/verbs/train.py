@@ -18,6 +18,10 @@ def main(file: Path | None, overrides: list[str], *, command: list[str], as_json
     command: the words after `danlu` that say all this, for the processes started here.
     """
     run = config.load(Run, needed(file), overrides)
+    if any(source.raw for source in (*run.data, *run.eval)):
+        from danlu.train.intake import taken_in  # rows are made before any process group exists
+
+        run = taken_in(run)
     started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     if not started:
         launch.refuse_elsewhere(os.environ, run.layout.world)

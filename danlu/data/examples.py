@@ -1,0 +1,239 @@
+"""Rows that somebody labelled to prepared data: read, understood, made ids, and stored as shards, with a count of everything.
+
+Every row of a source becomes a stored row, or is counted under a reason in `audit.json` and listed in `rejects.jsonl`.
+Which rows are held out depends on their content alone, and each class gives its share.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from danlu import files
+from danlu.data import detect, records, shards
+from danlu.data.encode import Encoder, Made, encode
+from danlu.data.example import Content, Labelled, Tagged, Unusable
+from danlu.data.inputs import ROW_BYTES, Input
+from danlu.data.split import Split
+from danlu.errors import DataError
+from danlu.words import _
+
+FIRST = 64                                               # rows that the format is told from
+SHOWN = 5                                                # examples of what is wrong
+
+
+@dataclass
+class Seen:
+    """What a first reading of a source tells: its rows by key, their classes, and what cannot be used."""
+
+    keys: list[int] = field(default_factory=list)        # of each usable row, by its content
+    labels: list[tuple[str, ...]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    read: int = 0
+
+    def reject(self, file: str, line: int, reason: str, detail: str) -> None:
+        """Count a row that cannot be used, and keep where it stands."""
+        self.reasons[reason] += 1
+        self.rejects.append({"file": file, "line": line, "reason": reason, "detail": detail})
+
+
+def contents(item: Input, want: str, names: Mapping[str, str], seen: Seen) -> Iterator[tuple[records.Record, Content]]:
+    """Yield every row that can be understood, with what it says; the others go to `seen`.  Raises DataError."""
+    def rejected(file: str, line: int, reason: str, detail: str) -> None:
+        seen.read += 1
+        seen.reject(file, line, reason, detail)
+
+    rows = records.read(item, reject=rejected, row_bytes=ROW_BYTES)
+    first = list(islice(rows, FIRST))
+    if not first:
+        why = "; ".join(f"{r['file']}:{r['line']}: {r['detail']}" for r in seen.rejects[:SHOWN])
+        raise DataError(_("no row can be read: {why}").format(why=why or _("the file is empty")), where=item.path)
+    columns = list(dict.fromkeys(name for row in first for name in row.columns))
+    understand = detect.reader(columns, [row.columns for row in first], want, names, where=item.path)
+    for row in _chained(first, rows):
+        seen.read += 1
+        try:
+            yield row, understand(row.columns)
+        except Unusable as error:
+            seen.reject(row.file, row.line, error.reason, error.detail)
+
+
+def _chained(first: list[records.Record], rest: Iterator[records.Record]) -> Iterator[records.Record]:
+    yield from first
+    yield from rest
+
+
+def survey(item: Input, want: str, names: Mapping[str, str], seed: int) -> Seen:
+    """Return what a first reading of a source tells."""
+    seen = Seen()
+    for _row, content in contents(item, want, names, seen):
+        seen.keys.append(key(content, seed))
+        seen.labels.append(classes(content))
+    return seen
+
+
+def key(content: Content, seed: int) -> int:
+    """Return a number of 64 bits that stands for what a row says, its label left out."""
+    said: Any = content.parts if isinstance(content, Labelled) else content.words if isinstance(content, Tagged) else content
+    return int.from_bytes(blake2b(repr((seed, said)).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def classes(content: Content) -> tuple[str, ...]:
+    """Return the names of the classes that a row bears."""
+    if isinstance(content, Labelled) and isinstance(content.label, str | tuple):
+        return (content.label,) if isinstance(content.label, str) else content.label
+    if isinstance(content, Tagged) and content.tags is not None:
+        return content.tags
+    return ()
+
+
+def rank(label: str) -> tuple[int, float, str]:
+    """Order numbers before names, each in their own order."""
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label
+
+
+def held_out(seen: Seen, share: float) -> Callable[[int, tuple[str, ...]], bool]:
+    """Return whether a row (its key, its classes) is held out: of each class `share`, to the nearest row."""
+    if not share:
+        return lambda key, labels: False
+    split = Split(val=share)
+    groups: dict[Any, list[int]] = {}
+    single = all(len(labels) == 1 for labels in seen.labels)
+    for number, labels in zip(seen.keys, seen.labels, strict=True):
+        groups.setdefault(labels if single else (), []).append(number)
+    bounds = {name: split.exact(np.array(sorted(set(found)), np.uint64)) for name, found in groups.items()}
+    return lambda key, labels: bool(split.place(np.array([key], np.uint64), bounds[labels if single else ()])[0])
+
+
+class Store:
+    """Writes rows into the shards of splits, and counts what goes in."""
+
+    def __init__(self, folder: Path, *, dtype: str, weighted: bool) -> None:
+        self.folder, self.dtype, self.weighted = folder, dtype, weighted
+        self.held: dict[str, list[tuple[Made, int, int, int]]] = {}
+        self.entries: dict[str, list[shards.Entry]] = {}
+        self.sizes: Counter[str] = Counter()
+
+    def add(self, split: str, made: Made, *, bytes: int, file: int, line: int) -> None:
+        """Take in a row; a full shard is written."""
+        self.held.setdefault(split, []).append((made, bytes, file, line))
+        self.sizes[split] += len(made.ids)
+        if self.sizes[split] >= shards.TOKENS or len(self.held[split]) >= shards.DOCUMENTS:
+            self.flush(split)
+
+    def flush(self, split: str) -> None:
+        """Write the rows that wait as one shard."""
+        rows = self.held.pop(split, [])
+        if not rows:
+            return
+        made = [row[0] for row in rows]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(one.ids) for one in made], out=offsets[1:])
+        arrays: dict[str, np.ndarray] = {
+            "ids": np.concatenate([one.ids for one in made]).astype(self.dtype), "offsets": offsets,
+            "bytes": np.array([row[1] for row in rows], np.int32), "file": np.array([row[2] for row in rows], np.int32),
+            "line": np.array([row[3] for row in rows], np.int64)}
+        if self.weighted:
+            arrays["weights"] = np.concatenate([
+                np.ones(len(one.ids), np.float16) if one.weights is None else one.weights.astype(np.float16) for one in made])
+        if all(one.tags is not None for one in made):
+            arrays["tags"] = np.concatenate([one.tags for one in made if one.tags is not None])
+        for name in set.intersection(*(set(one.columns) for one in made)):
+            arrays[name] = np.stack([one.columns[name] for one in made])
+        (self.folder / split).mkdir(parents=True, exist_ok=True)
+        entries = self.entries.setdefault(split, [])
+        entries.append(shards.write(self.folder / split, len(entries), arrays))
+        self.sizes[split] = 0
+
+    def close(self) -> dict[str, list[shards.Entry]]:
+        """Write what waits; return the shards of each split."""
+        for split in list(self.held):
+            self.flush(split)
+        return self.entries
+
+
+def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Encoder, *,
+         place: Callable[[int, tuple[str, ...]], str], seed: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the rows of a source as a prepared folder, and return its account; `rejects.jsonl` lists what is not in it.
+
+    place: the split of a row, from its key and classes.  facts: what the manifest says beside.
+    """
+    seen, named, account = Seen(), dict[str, int](), Account()
+    with files.appearing(folder) as temporary:
+        weighted = want in ("chat", "text")
+        store = Store(temporary, dtype=by.tokenizer.dtype, weighted=weighted)
+        for row, content in contents(item, want, names, seen):
+            try:
+                rows = encode(content, by)
+            except Unusable as error:
+                seen.reject(row.file, row.line, error.reason, error.detail)
+                continue
+            split = place(key(content, seed), classes(content))
+            number = named.setdefault(row.file, len(named))
+            for made in rows:
+                made.columns.setdefault("example", np.int64(account.rows[split]))
+                store.add(split, made, bytes=row.bytes, file=number, line=row.line)
+                account.add(split, made, by)
+            account.end(split, classes(content))
+        entries = store.close()
+        told = account.record() | {"read": seen.read, "rejected": dict(seen.reasons), "examples": seen.rejects[:SHOWN]}
+        files.rewrite_lines(temporary / "rejects.jsonl", seen.rejects)
+        files.write_json(temporary / "audit.json", told)
+        by.tokenizer.save(temporary / "tokenizer")
+        if by.template is not None:
+            by.template.save(temporary / "tokenizer")
+        shards.write_manifest(temporary, {
+            "tokenizer": by.tokenizer.sha256, "dtype": by.tokenizer.dtype, "splits": entries, "files": list(named),
+            "inputs": [], "counts": told, "labels": list(by.labels), **facts})
+    return told
+
+
+@dataclass
+class Account:
+    """What was stored of each split."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    documents: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    learned: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    unended: Counter[str] = field(default_factory=Counter)          # learned rows whose end is not learned
+    doubled: Counter[str] = field(default_factory=Counter)          # rows that begin with bos twice
+    labels: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def add(self, split: str, made: Made, by: Encoder) -> None:
+        """Count a stored row."""
+        special = by.tokenizer.special
+        self.documents[split] += 1
+        self.tokens[split] += len(made.ids)
+        self.learned[split] += len(made.ids) if made.weights is None else int((made.weights > 0).sum())
+        self.cut[split] += made.cut > 0
+        self.lost[split] += made.cut
+        if made.weights is not None and not made.weights[-2:].any():
+            self.unended[split] += 1
+        self.doubled[split] += special.bos is not None and (made.ids[:2] == special.bos).sum() == 2
+
+    def end(self, split: str, labels: Iterable[str]) -> None:
+        """Count a row of the source."""
+        self.rows[split] += 1
+        self.labels.setdefault(split, Counter()).update(labels)
+
+    def record(self) -> dict[str, Any]:
+        """Return the counts as JSON-ready values, by split."""
+        names = ("rows", "documents", "tokens", "learned", "cut", "lost", "unended", "doubled")
+        return {"splits": {split: {name: int(getattr(self, name)[split]) for name in names}
+                           | {"labels": dict(self.labels.get(split, {}))} for split in self.rows}}
+
+
