@@ -21,7 +21,8 @@ COLUMNS = frozenset((
     "text", "text_a", "text_b", "label", "labels", "sentence", "sentence1", "sentence2", "premise", "hypothesis",
     "question", "question1", "question2", "answer", "answers", "context", "score", "tokens", "tags", "ner_tags", "idx",
     "id", "review", "content", "instruction", "input", "output", "query", "response", "prompt", "completion", "anchor",
-    "positive", "negative", "target", "category", "class", "sentiment", "title", "文本", "标签", "类别", "内容", "评论", "问题", "答案"))
+    "positive", "negative", "target", "category", "class", "sentiment", "title",
+    "文本", "标签", "类别", "内容", "评论", "问题", "答案"))
 
 
 def column(wanted: str | int, names: Sequence[str], where: str) -> int:

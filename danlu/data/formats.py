@@ -22,7 +22,8 @@ def stream(files: Sequence[File], inputs: Sequence[Input], *, row_bytes: int, sk
            start: int = 0, whole: bool = False) -> Iterator[Block]:
     """Yield the blocks of `files` in order, from file number `start` on; each file ends with a block that says so.
 
-    `whole` rows keep all their columns; else a row is a text and its label.  A row of more than `row_bytes` bytes is rejected and never held.  A damaged file raises DataError, or ends early.
+    `whole` rows keep all their columns; else a row is a text and its label.  A row of more than `row_bytes` bytes is
+    rejected and never held.  A damaged file raises DataError, or ends early.
     """
     for index, item in enumerate(inputs):
         own = [number for number, file in enumerate(files) if file.input == index]
@@ -31,19 +32,20 @@ def stream(files: Sequence[File], inputs: Sequence[Input], *, row_bytes: int, sk
         if item.take is None:
             for number in own:
                 if number >= start:
-                    yield from _file(number, files[number], item, row_bytes, skip_broken, whole)
+                    yield from _file(number, files[number], item, row_bytes, skip_broken=skip_broken, whole=whole)
         else:
-            again = partial(_several, own, files, item, row_bytes, skip_broken, whole)
+            again = partial(_several, own, files, item, row_bytes, skip_broken=skip_broken, whole=whole)
             yield from _taken(item, own, again, once=any(files[number].once for number in own))
 
 
-def _several(own: Iterable[int], files: Sequence[File], item: Input, row_bytes: int, skip_broken: bool,
-             whole: bool) -> Iterator[Block]:
+def _several(own: Iterable[int], files: Sequence[File], item: Input, row_bytes: int, *,
+             skip_broken: bool, whole: bool) -> Iterator[Block]:
     for number in own:
-        yield from _file(number, files[number], item, row_bytes, skip_broken, whole)
+        yield from _file(number, files[number], item, row_bytes, skip_broken=skip_broken, whole=whole)
 
 
-def _file(number: int, file: File, item: Input, row_bytes: int, skip_broken: bool, whole: bool) -> Iterator[Block]:
+def _file(number: int, file: File, item: Input, row_bytes: int, *, skip_broken: bool, whole: bool
+          ) -> Iterator[Block]:
     """Yield the numbered blocks of one file and its last, empty one, whose mark covers the whole file."""
     count, broken, mark = 0, "", tables.no_mark
     try:

@@ -104,7 +104,8 @@ def _json(decode: Any, text: str, item: Input) -> tuple[Any, Any, tuple[str, str
     for name in (item.text, item.label):
         if name is not None and name not in value:
             return None, None, ("no_column", f"no {name!r}; there are {', '.join(list(value)[:8])}")
-    return value[item.text], None if item.label is None else value[item.label], None
+    named: dict[Any, Any] = value
+    return named[item.text], None if item.label is None else named[item.label], None
 
 
 def _object(decode: Any, text: str) -> tuple[dict[str, Any], tuple[str, str] | None]:

@@ -138,7 +138,8 @@ def questions(found: Found, row_bytes: int) -> Found:
             count += 1
             yield Reject(count, "squad", f"article {one.line}: {type(error).__name__}: {error}")
             continue
-        for count, row in enumerate(inner, count + 1):
+        for row in inner:
+            count += 1
             size = sum(len(value.encode(errors="replace")) for value in row.values() if isinstance(value, str))
             yield Row(count, row, bytes=size) if size <= row_bytes else too_long(count, size, row_bytes)
 
