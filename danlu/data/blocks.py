@@ -29,8 +29,13 @@ class Row(NamedTuple):
     """One record that was found already; bytes are still to be decoded or parsed."""
 
     line: int
-    text: Any
+    text: Any                                       # the document; in whole rows {column: value}
     label: Any = None
+    bytes: int = 0                                  # size of a whole row
+
+
+def _size(row: Row) -> int:
+    return len(row.text) if isinstance(row.text, str | bytes) else row.bytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Block:
     @property
     def size(self) -> int:
         """Return about how many bytes of text the block holds."""
-        return len(self.lines) + sum(len(row.text) for row in self.rows if isinstance(row.text, str | bytes))
+        return len(self.lines) + sum(_size(row) for row in self.rows)
 
 
 Found = Iterator[Row | Reject | None]               # None: a blank row
@@ -61,6 +66,12 @@ Found = Iterator[Row | Reject | None]               # None: a blank row
 def too_long(line: int, size: int, limit: int) -> Reject:
     """Return the reject of a row of `size` bytes."""
     return Reject(line, "row_bytes", f"{size} bytes, more than max_row_bytes={limit}")
+
+
+def undecodable(line: int, offset: int, error: UnicodeDecodeError) -> Reject:
+    """Return the reject of a row whose bytes are not in the encoding."""
+    byte = error.object[error.start]
+    return Reject(line, "encoding", f"byte 0x{byte:02x} at offset {offset + error.start} is not {error.encoding}")
 
 
 def cut_lines(file: int, raw: Raw, row_bytes: int, *, bom: bool) -> Iterator[Block]:
@@ -104,7 +115,7 @@ def gather(found: Found, file: int, mark: Callable[[], str]) -> Iterator[Block]:
             raise one
         if isinstance(one, Row):
             rows.append(one)
-            size += 64 + (len(one.text) if isinstance(one.text, str | bytes) else 0)
+            size += 64 + _size(one)
         elif one is None:
             blank += 1
         else:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 from danlu import chance
-from danlu.data import tables
+from danlu.data import delimited, tables
 from danlu.data.blocks import BOM, Block, Found, Reject, Row, cut_lines, gather, split_lines, too_long
 from danlu.data.inputs import File, Input
 from danlu.data.raw import Raw
@@ -18,10 +19,11 @@ UTF8 = ("utf-8", "utf8", "utf_8", "utf-8-sig", "utf_8_sig")
 
 
 def stream(files: Sequence[File], inputs: Sequence[Input], *, row_bytes: int, skip_broken: bool = False,
-           start: int = 0) -> Iterator[Block]:
+           start: int = 0, whole: bool = False) -> Iterator[Block]:
     """Yield the blocks of `files` in order, from file number `start` on; each file ends with a block that says so.
 
-    A row of more than `row_bytes` bytes is rejected and never held.  A damaged file raises DataError, or ends early.
+    `whole` rows keep all their columns; else a row is a text and its label.  A row of more than `row_bytes` bytes is
+    rejected and never held.  A damaged file raises DataError, or ends early.
     """
     for index, item in enumerate(inputs):
         own = [number for number, file in enumerate(files) if file.input == index]
@@ -30,23 +32,24 @@ def stream(files: Sequence[File], inputs: Sequence[Input], *, row_bytes: int, sk
         if item.take is None:
             for number in own:
                 if number >= start:
-                    yield from _file(number, files[number], item, row_bytes, skip_broken)
+                    yield from _file(number, files[number], item, row_bytes, skip_broken=skip_broken, whole=whole)
         else:
-            again = partial(_several, own, files, item, row_bytes, skip_broken)
+            again = partial(_several, own, files, item, row_bytes, skip_broken=skip_broken, whole=whole)
             yield from _taken(item, own, again, once=any(files[number].once for number in own))
 
 
-def _several(own: Iterable[int], files: Sequence[File], item: Input, row_bytes: int, skip_broken: bool
-             ) -> Iterator[Block]:
+def _several(own: Iterable[int], files: Sequence[File], item: Input, row_bytes: int, *,
+             skip_broken: bool, whole: bool) -> Iterator[Block]:
     for number in own:
-        yield from _file(number, files[number], item, row_bytes, skip_broken)
+        yield from _file(number, files[number], item, row_bytes, skip_broken=skip_broken, whole=whole)
 
 
-def _file(number: int, file: File, item: Input, row_bytes: int, skip_broken: bool) -> Iterator[Block]:
+def _file(number: int, file: File, item: Input, row_bytes: int, *, skip_broken: bool, whole: bool
+          ) -> Iterator[Block]:
     """Yield the numbered blocks of one file and its last, empty one, whose mark covers the whole file."""
     count, broken, mark = 0, "", tables.no_mark
     try:
-        cut, mark = _cut(number, file, item, row_bytes)
+        cut, mark = _cut(number, file, item, row_bytes, whole)
         for block in cut:
             yield replace(block, number=count)
             count += 1
@@ -57,26 +60,43 @@ def _file(number: int, file: File, item: Input, row_bytes: int, skip_broken: boo
     yield Block(number, 0, mark=mark(), number=count, last=True, broken=broken)
 
 
-def _cut(number: int, file: File, item: Input, row_bytes: int) -> tuple[Iterator[Block], Callable[[], str]]:
+def _cut(number: int, file: File, item: Input, row_bytes: int, whole: bool
+         ) -> tuple[Iterator[Block], Callable[[], str]]:
     if file.format == "hub":
-        return gather(tables.hub(file, item), number, tables.no_mark), tables.no_mark
+        return gather(tables.hub(file, item, whole=whole), number, tables.no_mark), tables.no_mark
     if file.format == "parquet":
         mark = tables.parquet_mark(file)
-        return gather(tables.parquet(file, item), number, mark), mark
+        return gather(tables.parquet(file, item, whole=whole), number, mark), mark
     raw = Raw(file, max_ratio=item.max_ratio, max_bytes=item.max_bytes)
     if file.format == "json":
         if item.encoding.lower() not in UTF8:
             raise ConfigError(_("a json file is UTF-8 by its standard"), where=file.path,
                               fix=_("convert it, or use jsonl"))
-        return gather(tables.elements(raw, row_bytes), number, raw.mark), raw.mark
+        found = tables.elements(raw, row_bytes)
+        return gather(tables.questions(found, row_bytes) if whole else found, number, raw.mark), raw.mark
     if file.format == "txt" and item.sample_by == "document":
         return gather(_document(raw, row_bytes), number, raw.mark), raw.mark
     lines = cut_lines(number, raw, row_bytes, bom=item.encoding.lower() in UTF8)
     if file.format == "txt" and item.sample_by == "paragraph":
         return gather(_paragraphs(lines, row_bytes), number, raw.mark), raw.mark
-    if file.format in ("csv", "tsv"):
-        return gather(tables.table(lines, file, item, row_bytes), number, raw.mark), raw.mark
+    if file.format in ("csv", "tsv", "conll"):
+        return gather(_rows_of(lines, file, item, row_bytes, whole), number, raw.mark), raw.mark
     return lines, raw.mark
+
+
+def _rows_of(lines: Iterator[Block], file: File, item: Input, row_bytes: int, whole: bool) -> Found:
+    """Return the rows of a file of columns; a tsv whose lines are words and tags is read as one of sentences."""
+    if not whole:
+        if file.format == "conll":
+            raise ConfigError(_("a conll file holds words and tags, not texts"), where=file.path,
+                              fix=_("leave it out here; fine-tuning for tags reads it"))
+        return delimited.table(lines, file, item, row_bytes)
+    first = next(lines, None)
+    again = lines if first is None else chain((first,), lines)
+    words = first is not None and file.format == "tsv" and not item.header and delimited.tagged(first.lines)
+    if file.format == "conll" or words:
+        return delimited.sentences(again, item, row_bytes)
+    return delimited.rows(again, file, item, row_bytes)
 
 
 def _document(raw: Raw, row_bytes: int) -> Found:

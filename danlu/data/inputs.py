@@ -17,10 +17,10 @@ from danlu.config import Model
 from danlu.errors import ConfigError, DataError, SecurityError
 from danlu.words import _
 
-Format = Literal["auto", "txt", "jsonl", "json", "csv", "tsv", "parquet"]
+Format = Literal["auto", "txt", "jsonl", "json", "csv", "tsv", "conll", "parquet"]
 SUFFIXES = {
     ".txt": "txt", ".text": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv",
-    ".tsv": "tsv", ".parquet": "parquet",
+    ".tsv": "tsv", ".conll": "conll", ".parquet": "parquet",
 }
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 HUB = "hf://"
@@ -52,7 +52,9 @@ class Input(Model):
     label: str | int | None = Field(default=None, description="Column of the class, if the rows have one.")
     split: Literal["train", "val", "test"] | None = Field(
         default=None, description="Split that all rows of this input go to, whatever `split` says.")
-    header: bool = Field(default=True, description="Whether the first row of csv and tsv files names the columns.")
+    header: bool | None = Field(
+        default=None, description="Whether the first row of csv and tsv files names the columns; null: fine-tuning looks, "
+        "`prepare` takes it for granted.")
     delimiter: str | None = Field(
         default=None, min_length=1, max_length=1, description="Between csv columns; comma or tab.")
     quote: str | None = Field(

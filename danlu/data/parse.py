@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from danlu.data.blocks import Block, Reject, split_lines, too_long
+from danlu.data.blocks import Block, Reject, split_lines, too_long, undecodable
 from danlu.data.inputs import Input
-from danlu.data.tables import undecodable
 
 JSON = ("jsonl", "json")
 
@@ -99,35 +98,66 @@ def _decoded(block: Block, format: str, item: Input, row_bytes: int, rejects: li
 
 def _json(decode: Any, text: str, item: Input) -> tuple[Any, Any, tuple[str, str] | None]:
     """Return (text, label, None) of one JSON object, or what is wrong with it as (reason, detail)."""
-    try:
-        value = decode(text)
-    except _NotANumber as error:
-        return None, None, ("not_a_number", f"{error} is not JSON")
-    except RecursionError:
-        return None, None, ("json", "nested too deep")
-    except ValueError as error:
-        return None, None, ("json", str(error))
-    if not isinstance(value, dict):
-        return None, None, ("not_object", f"a JSON {type(value).__name__}, not an object")
+    value, wrong = _object(decode, text)
+    if wrong:
+        return None, None, wrong
     for name in (item.text, item.label):
         if name is not None and name not in value:
             return None, None, ("no_column", f"no {name!r}; there are {', '.join(list(value)[:8])}")
-    return value[item.text], None if item.label is None else value[item.label], None
+    named: dict[Any, Any] = value
+    return named[item.text], None if item.label is None else named[item.label], None
+
+
+def _object(decode: Any, text: str) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    try:
+        value = decode(text)
+    except _NotANumber as error:
+        return {}, ("not_a_number", f"{error} is not JSON")
+    except RecursionError:
+        return {}, ("json", "nested too deep")
+    except ValueError as error:
+        return {}, ("json", str(error))
+    return (value, None) if isinstance(value, dict) else ({}, ("not_object", f"a JSON {type(value).__name__}, not an object"))
+
+
+def wholes(block: Block, format: str, item: Input, *, row_bytes: int
+           ) -> tuple[list[tuple[int, dict[str, Any], int]], list[Reject]]:
+    """Return the whole rows of a block as (line, columns, bytes), in order, and its rejects.  Blank lines are neither."""
+    found, rejects = list[tuple[int, dict[str, Any], int]](), list(block.rejects)
+    decode = json.JSONDecoder(parse_constant=_refuse).decode
+    sizes = {row.line: row.bytes for row in block.rows}
+    for line, value, _label in _decoded(block, format, item, row_bytes, rejects):
+        row, wrong, size = value, None, sizes.get(line, 0)
+        if isinstance(value, str):
+            if not value or value.isspace():
+                continue
+            row, wrong = _object(decode, value) if format in JSON else ({"text": value}, None)
+            size = len(value) if value.isascii() else len(value.encode())
+        wrong = wrong or (("row_bytes", too_long(line, size, row_bytes).detail) if size > row_bytes else None)
+        plain = isinstance(value, str) and format in JSON and "\\u" not in value and "\0" not in value
+        wrong = wrong or (None if plain else _unsound(row))
+        if wrong:
+            rejects.append(Reject(line, *wrong))
+        else:
+            found.append((line, row, size))
+    return found, sorted(rejects, key=lambda reject: reject.line)
+
+
+def _unsound(value: Any) -> tuple[str, str] | None:
+    """Return what is wrong with a text somewhere in a row: it holds NUL or is not valid Unicode."""
+    if isinstance(value, str):
+        return _text_fault(value)
+    inner = value.items() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((wrong for one in inner if (wrong := _unsound(one))), None)
 
 
 def _check(text: Any, label: Any, item: Input) -> tuple[str, str] | None:
     """Return what is wrong with a record as (reason, detail), or None."""
     if not isinstance(text, str):
         return "not_text", f"{item.text!r} is {type(text).__name__}, not text"
-    if "\0" in text:
-        return "nul", f"NUL at character {text.index(chr(0))}"
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return "surrogate", f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-    if item.label is None:
-        return None
+    wrong = _text_fault(text)
+    if wrong or item.label is None:
+        return wrong
     finite = not isinstance(label, float) or math.isfinite(label)
     if not isinstance(label, str | int | float) or not finite or label == "":
         return "label", f"label {label!r} is neither a name nor a number"
@@ -135,6 +165,17 @@ def _check(text: Any, label: Any, item: Input) -> tuple[str, str] | None:
         str(label).encode()
     except UnicodeEncodeError:
         return "label", "the label holds a lone surrogate"
+    return None
+
+
+def _text_fault(text: str) -> tuple[str, str] | None:
+    if "\0" in text:
+        return "nul", f"NUL at character {text.index(chr(0))}"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return "surrogate", f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
     return None
 
 

@@ -1,18 +1,18 @@
-"""Rows out of formats whose records do not end at a line end: csv, json arrays, parquet, hub data sets."""
+"""Rows out of formats whose records do not end at a line end: json arrays, parquet, hub data sets."""
 
 from __future__ import annotations
 
-import csv
-import difflib
+import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from danlu import files
-from danlu.data.blocks import BOM, Block, Found, Reject, Row, split_lines, too_long
+from danlu.data.blocks import BOM, Found, Reject, Row, too_long, undecodable
+from danlu.data.delimited import column
 from danlu.data.inputs import HUB, MIB, SUFFIXES, File, Input, kind
 from danlu.data.raw import FLOOR, Raw, broken, check_magic
 from danlu.errors import ConfigError, DataError, SecurityError
@@ -27,98 +27,6 @@ BUILDERS = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "tsv":
 def no_mark() -> str:
     """Return the mark of a source whose bytes are not seen."""
     return ""
-
-
-def column(wanted: str | int, names: Sequence[str], where: str) -> int:
-    """Return the index of a column.  Raises DataError that names the columns there are."""
-    if isinstance(wanted, int) and 0 <= wanted < len(names):
-        return wanted
-    if isinstance(wanted, str) and wanted in names:
-        return list(names).index(wanted)
-    near = difflib.get_close_matches(str(wanted), names, 1)
-    raise DataError(
-        _("there is no column {wanted!r}; the columns are {names}").format(wanted=wanted, names=", ".join(names)),
-        where=where,
-        fix=_("set `text` (or `label`) to {near}").format(near=repr(near[0]) if near else _("one of them")))
-
-
-class _Refused(Exception):
-    def __init__(self, reject: Reject) -> None:
-        super().__init__(reject.reason)
-        self.reject = reject
-
-
-class _Lines:
-    """Decoded lines for csv.reader.  One at fault is raised; the reader drops its row and can be asked for the next."""
-
-    def __init__(self, blocks: Iterator[Block], encoding: str) -> None:
-        self.line = 0
-        self.encoding = encoding
-        self.parts = self._parts(blocks)
-
-    def _parts(self, blocks: Iterator[Block]) -> Iterator[Reject | tuple[int, int, bytes]]:
-        for block in blocks:
-            yield from block.rejects
-            yield from split_lines(block)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        part = next(self.parts)
-        if isinstance(part, Reject):
-            self.line = part.line
-            raise _Refused(part)
-        self.line, offset, data = part
-        try:
-            return data.decode(self.encoding) + "\n"
-        except UnicodeDecodeError as error:
-            raise _Refused(undecodable(self.line, offset, error)) from None
-
-
-def undecodable(line: int, offset: int, error: UnicodeDecodeError) -> Reject:
-    """Return the reject of a row whose bytes are not in the encoding."""
-    byte = error.object[error.start]
-    return Reject(line, "encoding", f"byte 0x{byte:02x} at offset {offset + error.start} is not {error.encoding}")
-
-
-def table(blocks: Iterator[Block], file: File, item: Input, row_bytes: int) -> Found:
-    """Yield the rows of a csv or tsv file.  The header must name the columns wanted; ragged rows are rejected.
-
-    Strict: text after a closing quotation mark is a fault, for it means that a stray mark has swallowed rows.
-    """
-    quote = item.quote if item.quote is not None else '"' if file.format == "csv" else ""
-    csv.field_size_limit(row_bytes)                 # the module keeps one limit for the process
-    lines = _Lines(blocks, item.encoding)
-    reader = csv.reader(lines, delimiter=item.delimiter or ("," if file.format == "csv" else "\t"), strict=True,
-                        quotechar=quote or None, quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE)
-    names, text, label = list[str](), 0, None
-    while True:
-        start = lines.line + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except _Refused as refused:
-            yield refused.reject
-            continue
-        except csv.Error as error:
-            reason = "row_bytes" if "field limit" in str(error) else "csv"
-            yield Reject(start, reason, str(error))
-            continue
-        if not fields or (len(fields) == 1 != len(names) and not fields[0].strip()):
-            yield None
-            continue
-        if not names:
-            names = fields if item.header else [str(index) for index in range(len(fields))]
-            text = column(item.text, names, f"{file.path}:{start}")
-            label = None if item.label is None else column(item.label, names, f"{file.path}:{start}")
-            if item.header:
-                continue
-        if len(fields) != len(names):
-            yield Reject(start, "columns", f"{len(fields)} columns instead of {len(names)}")
-        else:
-            yield Row(start, fields[text], None if label is None else fields[label])
 
 
 class _Scan:
@@ -216,8 +124,38 @@ def parquet_mark(file: File) -> Callable[[], str]:
     return lambda: mark
 
 
-def parquet(file: File, item: Input) -> Found:
-    """Yield the rows of a parquet file, a few row batches at a time; text is given as bytes."""
+def questions(found: Found, row_bytes: int) -> Found:
+    """Yield the rows of a json array, numbered; an article of SQuAD gives one for each of its questions."""
+    count = 0
+    for one in found:
+        if not (isinstance(one, Row) and b'"paragraphs"' in one.text):
+            count += one is not None
+            yield one if one is None else one._replace(line=count)
+            continue
+        try:
+            inner = list(_asked(json.loads(one.text)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            count += 1
+            yield Reject(count, "squad", f"article {one.line}: {type(error).__name__}: {error}")
+            continue
+        for row in inner:
+            count += 1
+            size = sum(len(value.encode(errors="replace")) for value in row.values() if isinstance(value, str))
+            yield Row(count, row, bytes=size) if size <= row_bytes else too_long(count, size, row_bytes)
+
+
+def _asked(article: Any) -> Iterator[dict[str, Any]]:
+    """Yield the questions of an article: {"id", "context", "question", "answers": {"text": […], "answer_start": […]}}."""
+    for paragraph in article["paragraphs"]:
+        for asked in paragraph["qas"]:
+            answers = [] if asked.get("is_impossible") else asked.get("answers") or []
+            yield {"id": str(asked.get("id", "")), "context": paragraph["context"], "question": asked["question"],
+                   "answers": {"text": [one["text"] for one in answers],
+                               "answer_start": [one["answer_start"] for one in answers]}}
+
+
+def parquet(file: File, item: Input, *, whole: bool = False) -> Found:
+    """Yield the rows of a parquet file, a few row batches at a time; text is given as bytes, whole rows as columns."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -228,22 +166,49 @@ def parquet(file: File, item: Input) -> Found:
         check_magic(handle.read(16), file)
     try:
         with pq.ParquetFile(file.path, pre_buffer=False) as opened:
-            names = opened.schema_arrow.names
-            text = names[column(item.text, names, file.path)]
-            label = None if item.label is None else names[column(item.label, names, file.path)]
-            wanted = [text] if label is None else [text, label]
-            line = given = 0
-            for batch in opened.iter_batches(batch_size=_batch(opened.metadata, file, item), columns=wanted):
-                fault("prepare.read")
-                texts = _binary(pa, batch.column(text), file, text)
-                labels = [None] * len(texts) if label is None else batch.column(label).to_pylist()
-                given += sum(map(len, filter(None, texts)))
-                _check_ratio(given, file, item)
-                for one, its in zip(texts, labels, strict=True):
-                    line += 1
-                    yield Row(line, one, its)
+            size = _batch(opened.metadata, file, item)
+            yield from (_columns(opened, size) if whole else _texts(pa, opened, size, file, item))
     except (pa.ArrowException, OSError) as error:
         raise broken(file.path, str(error).splitlines()[0]) from error
+
+
+def _texts(pa: Any, opened: Any, size: int, file: File, item: Input) -> Found:
+    names = opened.schema_arrow.names
+    text = names[column(item.text, names, file.path)]
+    label = None if item.label is None else names[column(item.label, names, file.path)]
+    line = given = 0
+    for batch in opened.iter_batches(batch_size=size, columns=[text] if label is None else [text, label]):
+        fault("prepare.read")
+        texts = _binary(pa, batch.column(text), file, text)
+        labels = [None] * len(texts) if label is None else batch.column(label).to_pylist()
+        given += sum(map(len, filter(None, texts)))
+        _check_ratio(given, file, item)
+        for one, its in zip(texts, labels, strict=True):
+            line += 1
+            yield Row(line, one, its)
+
+
+def _columns(opened: Any, size: int) -> Found:
+    line = 0
+    for batch in opened.iter_batches(batch_size=size):
+        fault("prepare.read")
+        for place in range(batch.num_rows):
+            line += 1
+            try:
+                row = batch.slice(place, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:         # the library checks text only when it is taken out
+                yield undecodable(line, 0, error)
+            else:
+                yield Row(line, row, bytes=weigh(row))
+
+
+def weigh(value: Any) -> int:
+    """Return about how many bytes a value of a row is: those of its texts, eight for anything else."""
+    if isinstance(value, str | bytes):
+        return len(value) if isinstance(value, bytes) or value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, dict):
+        return sum(map(weigh, value.values()))
+    return sum(map(weigh, value)) if isinstance(value, list | tuple) else 8
 
 
 def _batch(metadata: Any, file: File, item: Input) -> int:
@@ -271,7 +236,7 @@ def _binary(pa: Any, values: Any, file: File, name: str) -> list[bytes | None]:
     return found
 
 
-def hub(file: File, item: Input) -> Found:
+def hub(file: File, item: Input, *, whole: bool = False) -> Found:
     """Yield the rows of a data set as the `datasets` library streams it; a local path after hf:// needs no network.
 
     Data sets that are programs are refused: version 4 and later of the library have no way to run them.
@@ -298,7 +263,7 @@ def hub(file: File, item: Input) -> Found:
             rows = datasets.load_dataset(BUILDERS[shown], data_files=name, split="train", streaming=True, **options)
         else:
             rows = datasets.load_dataset(name, item.subset, split=item.hub_split, streaming=True)
-        yield from _hub_rows(rows, file, item)
+        yield from (_hub_columns(rows) if whole else _hub_rows(rows, file, item))
     except (ConfigError, DataError):
         raise
     except Exception as error:                      # the library raises whatever its readers and the network raise
@@ -317,3 +282,9 @@ def _hub_rows(rows: Any, file: File, item: Input) -> Found:
             yield Reject(line, "label", f"{label} is not a number one can use")
         else:
             yield Row(line, row.get(item.text), label)
+
+
+def _hub_columns(rows: Any) -> Found:
+    for line, row in enumerate(rows, 1):
+        fault("prepare.read")
+        yield Row(line, dict(row), bytes=weigh(row))

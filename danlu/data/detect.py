@@ -1,0 +1,144 @@
+"""Which form a data set has, told from its columns and first rows; never from a registry, but one is read if there is one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from danlu.data import dialogues, forms
+from danlu.data.columns import PAIRS, ROLES, Columns, check, short
+from danlu.data.example import Content
+from danlu.errors import DataError, SecurityError
+from danlu.words import _
+
+Reader = Callable[[Mapping[str, Any]], Content]
+READERS: dict[str, Callable[[Columns], Reader | None]] = {
+    "label": forms.label, "labels": forms.labels, "score": forms.score, "tags": forms.tags, "answer": forms.answer,
+    "choice": forms.choice, "similar": forms.similar, "chat": dialogues.chat, "text": forms.plain,
+}
+NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {   # the roles of each form, as an error shows them
+    "label": (("text", "label"), ("text", "pair", "label")),
+    "labels": (("text", "label"),),
+    "score": (("text", "score"), ("text", "pair", "score")),
+    "tags": (("tokens", "tags"),),
+    "answer": (("context", "question", "answers"),),
+    "choice": (("stem", "choices", "choice"),),
+    "similar": (("anchor", "positive"), ("text", "pair", "score")),
+    "chat": (("messages",), ("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("segments",),
+             ("ids",), ("text",)),
+    "text": (("text",), ("ids",)),
+}
+
+
+def reader(columns: Sequence[str], first: Sequence[Mapping[str, Any]], want: str, names: Mapping[str, str], *,
+           unlabelled: bool = False) -> Reader:
+    """Return the function that makes contents of rows; it raises `Unusable` for a row that cannot be learned from.
+
+    columns: of the file; first: its first rows, the more (some hundred) the surer; want: a key of READERS; names: column
+    of each role that the user names; unlabelled: rows to be predicted, which need no label and no answer.  Raises
+    DataError when the columns do not fit or are probably swapped.
+    """
+    given = Columns(tuple(columns), tuple(first), dict(names), unlabelled)
+    check(given)
+    found = READERS[want](given)
+    if found is None:
+        raise _unfit(given, want)
+    if want == "label" and not unlabelled:
+        _check_swapped(given)
+    return found
+
+
+def _unfit(columns: Columns, want: str) -> DataError:
+    """Return the error for columns of which nothing can be made, with the form that is nearest."""
+    others = [other for other, form in READERS.items() if other != want and form(columns) is not None]
+    form = max(NEEDS[want], key=lambda roles: (sum(_has(columns, role) for role in roles) / len(roles), -len(roles)))
+    used = {found for role in form if (found := columns.find(role))}
+    guessed = list[str]()
+    for role in form:
+        if not _has(columns, role):
+            free = [name for name in columns.names if name not in used]
+            found = _nearest(role, free)
+            used |= {found} if found else set()
+            guessed.append(f"{role}={found or '…'}")
+    fix = _("did you mean {guessed}? Name the columns so").format(guessed=" ".join(guessed))
+    if others:
+        fix += _("; as they are, they fit: {others}").format(others=", ".join(others))
+    forms_shown = " | ".join("+".join(roles) for roles in NEEDS[want])
+    return DataError(_("the columns {names} do not fit; to learn {want}, one of these forms is wanted: {forms}").format(
+        names=", ".join(columns.names), want=want, forms=forms_shown), fix=fix)
+
+
+def _has(columns: Columns, role: str) -> bool:
+    if role == "pair":
+        lower = {name.lower() for name in columns.names}
+        return role in columns.given or any(second in lower and first in lower for first, second in PAIRS)
+    return columns.find(role) is not None
+
+
+def _nearest(role: str, free: Sequence[str]) -> str | None:
+    """Return the free column whose name is most like one that the role has in data sets, else the only one left."""
+    known = ROLES[role] or tuple(second for _first, second in PAIRS)
+    scored = [(difflib.SequenceMatcher(None, name.lower(), other).ratio(), name) for name in free for other in known]
+    best = max(scored, default=(0.0, ""))
+    return best[1] if best[0] >= 0.6 else free[0] if len(free) == 1 else None
+
+
+def _check_swapped(columns: Columns) -> None:
+    """Raise DataError when the label column holds long texts, all different, and the text column a few short values."""
+    label, parts = columns.find("label"), forms.texts(columns, but=columns.find("label"))
+    if label is None or len(parts) != 1 or columns.bare:
+        return
+    said, texts = [str(one) for one in columns.values(label)], [str(one) for one in columns.values(parts[0])]
+    if len(said) < 8 or len(texts) < 8:
+        return
+    if len(set(said)) == len(said) and short(said) > 20 and len(set(texts)) <= len(texts) // 2 and short(texts) <= 20:
+        raise DataError(
+            _("the columns look swapped: {label!r} holds long texts, all different, and {text!r} only {values}").format(
+                label=label, text=parts[0], values=", ".join(sorted(set(texts))[:5])),
+            fix=_("set text={label} label={text}").format(label=label, text=parts[0]))
+
+
+class Registered(NamedTuple):
+    """An entry of LLaMA-Factory's dataset_info.json in our words."""
+
+    path: str                                       # a file or folder, or hf://name
+    names: dict[str, str]                           # column of each role
+    subset: str | None = None
+    split: str | None = None
+    take: int | None = None
+
+
+LF = {                                              # their names of columns: our roles
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
+               "tools": "tools"},
+    "sharegpt": {"messages": "messages", "system": "system", "tools": "tools"},
+}
+
+
+def registered(folder: Path, name: str) -> Registered | None:
+    """Return what a dataset_info.json in `folder` says of `name`; None where there is no such file or no such key."""
+    file = folder / "dataset_info.json"
+    if not file.is_file():
+        return None
+    try:
+        table = json.loads(file.read_text(encoding="utf-8-sig"))
+        entry = table.get(name)
+    except (ValueError, AttributeError) as error:
+        raise DataError(_("this is not a registry of data sets: {why}").format(why=error), where=str(file)) from None
+    if not isinstance(entry, dict):
+        return None
+    if "script_url" in entry:
+        raise SecurityError(_("{name!r} is a program, which is never run").format(name=name), where=str(file),
+                            fix=_("save its rows as jsonl or parquet"))
+    if entry.get("ranking"):
+        raise DataError(_("{name!r} holds preferences (chosen and rejected answers)").format(name=name), where=str(file),
+                        fix=_("name a data set with one answer a row"))
+    known = LF.get(entry.get("formatting", "alpaca"), LF["sharegpt"])
+    columns = {**({"messages": "conversations"} if known is LF["sharegpt"] else {}), **(entry.get("columns") or {})}
+    names = {known[key]: column for key, column in columns.items() if key in known}
+    names |= entry.get("tags") or {}
+    path = f"hf://{entry['hf_hub_url']}" if "hf_hub_url" in entry else str(folder / entry.get("file_name", name))
+    return Registered(path, names, entry.get("subset"), entry.get("split"), entry.get("num_samples"))
