@@ -18,6 +18,7 @@ import numpy as np
 
 from danlu import files
 from danlu.data import detect, records, shards
+from danlu.data.blocks import Reject
 from danlu.data.encode import Encoder, Made, encode
 from danlu.data.example import Content, Labelled, Tagged, Unusable
 from danlu.data.inputs import ROW_BYTES, Input
@@ -45,19 +46,26 @@ class Seen:
         self.rejects.append({"file": file, "line": line, "reason": reason, "detail": detail})
 
 
-def contents(item: Input, want: str, names: Mapping[str, str], seen: Seen) -> Iterator[tuple[records.Record, Content]]:
-    """Yield every row that can be understood, with what it says; the others go to `seen`.  Raises DataError."""
-    def rejected(file: str, line: int, reason: str, detail: str) -> None:
-        seen.read += 1
-        seen.reject(file, line, reason, detail)
+def contents(item: Input, want: str, names: Mapping[str, str], seen: Seen, *,
+             unlabelled: bool = False) -> Iterator[tuple[records.Record, Content]]:
+    """Yield every row that can be understood, with what it says; the others go to `seen`.  Raises DataError.
 
-    rows = records.read(item, reject=rejected, row_bytes=ROW_BYTES)
+    unlabelled: rows may lack what a model is to say of them.
+    """
+    def rejected(file: str, reject: Reject) -> None:
+        seen.read += 1
+        seen.reject(file, *reject)
+
+    rows = records.read(item, on_reject=rejected, row_bytes=ROW_BYTES)
     first = list(islice(rows, FIRST))
     if not first:
         why = "; ".join(f"{r['file']}:{r['line']}: {r['detail']}" for r in seen.rejects[:SHOWN])
         raise DataError(_("no row can be read: {why}").format(why=why or _("the file is empty")), where=item.path)
     columns = list(dict.fromkeys(name for row in first for name in row.columns))
-    understand = detect.reader(columns, [row.columns for row in first], want, names, where=item.path)
+    try:
+        understand = detect.reader(columns, [row.columns for row in first], want, names, unlabelled=unlabelled)
+    except DataError as error:
+        raise DataError(error.what, where=error.where or item.path, fix=error.fix) from None
     for row in _chained(first, rows):
         seen.read += 1
         try:

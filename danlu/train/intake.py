@@ -39,8 +39,9 @@ def taken_in(run: Run) -> Run:
 
 def _taken_in(run: Run) -> Run:
     tokenizer, folder = _tokenizer(run)
-    by = Encoder(tokenizer, length=_room(run), overlong=run.overlong, learn=run.chat.learn, several=run.objective.wants == "labels",
-                 template=chat.Template.load(tokenizer, run.chat.template or folder) if run.objective.wants == "chat" else None)
+    want = run.objective.wants
+    by = Encoder(tokenizer, length=_room(run), overlong=run.overlong, learn=run.chat.learn, several=want == "labels",
+                 template=chat.Template.load(tokenizer, run.chat.template or folder) if want == "chat" else None)
     given = [_named(source, run.objective.wants) for source in run.data]
     found = [examples.survey(item, run.objective.wants, names, run.seed) if source.raw else None
              for source, (item, names) in zip(run.data, given, strict=True)]
@@ -54,17 +55,21 @@ def _taken_in(run: Run) -> Run:
         if seen is None:
             data.append(source)
             continue
-        apart = examples.held_out(seen, share)
-        place: Place = lambda key, labels, apart=apart: "val" if apart(key, labels) else "train"      # type: ignore[misc]  # noqa: E731
-        data.append(source.model_copy(update={"split": "train", "prepared": Maker(run, by, share).folder(source, item, names, place)}))
+        made = Maker(run, by, share).folder(source, item, names, _placed(examples.held_out(seen, share)))
+        data.append(source.model_copy(update={"split": "train", "prepared": made}))
     held = []
     for source in run.eval:
-        if source.raw:
-            item, names = _named(source, run.objective.wants)
-            made = Maker(run, by, 0.0).folder(source, item, names, lambda key, labels: "val")
-            source = source.model_copy(update={"split": "val", "prepared": made})
-        held.append(source)
+        if not source.raw:
+            held.append(source)
+            continue
+        item, names = _named(source, run.objective.wants)
+        made = Maker(run, by, 0.0).folder(source, item, names, lambda key, labels: "val")
+        held.append(source.model_copy(update={"split": "val", "prepared": made}))
     return run.model_copy(update={"data": tuple(data), "eval": tuple(held)})
+
+
+def _placed(apart: Callable[[int, tuple[str, ...]], bool]) -> Place:
+    return lambda key, labels: "val" if apart(key, labels) else "train"
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ class Maker:
         """Return the folder, which now holds the rows of `source`."""
         run, by = self.run, self.by
         stamp = [[f.path, f.size, f.mtime] for f in resolve([item])]
-        settings = {"want": run.objective.wants, "names": names, "length": by.length, "overlong": by.overlong, "share": self.share,
-                    "seed": run.seed, "labels": by.labels, "learn": by.learn, "tokenizer": by.tokenizer.sha256,
+        settings = {"want": run.objective.wants, "names": names, "length": by.length, "overlong": by.overlong,
+                    "share": self.share, "seed": run.seed, "labels": by.labels, "learn": by.learn, "tokenizer": by.tokenizer.sha256,
                     "template": by.template.text if by.template is not None else None}
         key = files.digest({"files": stamp, "input": item.model_dump(mode="json"), **settings})
         folder = run.out / "data" / f"{Path(source.path.partition('#')[0]).stem or 'rows'}-{key[:12]}"
@@ -117,8 +122,8 @@ def refuse_rejects(name: str, read: int, reasons: Counter[str], rejects: Sequenc
     told = "\n".join(f"  {r['file']}:{r['line']}: {r['reason']}: {r['detail']}" for r in first[: examples.SHOWN])
     raise DataError(_("{n} of {read} rows cannot be used ({reasons}):\n{first}").format(
         n=bad, read=read, reasons=", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())), first=told), where=name,
-        fix=_("mend the rows; for rows that are too long set length or overlong: cut, drop or split; or allow a share of rows to be left "
-              "out with guard.rejects"))
+        fix=_("mend the rows; for rows that are too long set length or overlong: cut, drop or split; or allow a share of rows "
+              "to be left out with guard.rejects"))
 
 
 def _tokenizer(run: Run) -> tuple[Tokenizer, Path]:

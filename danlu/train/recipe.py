@@ -32,7 +32,8 @@ class Source(Model):
                                           "score, tokens, tags, context, question, answers, prompt, completion, messages …")
     format: Format = Field("auto", description="Format of the files; auto goes by their names.")
     encoding: str = Field("utf-8", description="Encoding of the text, for example gb18030; it is never guessed.")
-    header: bool | None = Field(None, description="Whether the first row of csv and tsv files names the columns; empty: it is seen.")
+    header: bool | None = Field(
+        None, description="Whether the first row of csv and tsv files names the columns; empty: it is seen.")
     delimiter: str | None = Field(None, min_length=1, max_length=1, description="Between csv columns; comma or tab.")
     prepared: Path | None = Field(None, description="Where the rows stand as ids; filled in by the run.")
 
@@ -50,7 +51,8 @@ class Source(Model):
 class Chats(Model):
     """How conversations become text, and which of it is learned."""
 
-    template: Path | None = Field(None, description="Jinja file of the chat template; empty: that of the tokenizer's folder, else ChatML.")
+    template: Path | None = Field(
+        None, description="Jinja file of the chat template; empty: that of the tokenizer's folder, else ChatML.")
     learn: Literal["answers", "last", "all"] = Field(
         "answers", description="Turns that carry loss: the assistant's, its last one, or everything.")
 
@@ -98,8 +100,8 @@ class Run(Model):
     start: Path | None = Field(None, description="… or a checkpoint or Hugging Face folder to start from.")
     data: tuple[Source, ...] = Field(min_length=1, description="Prepared folders with weights.")
     eval: tuple[Source, ...] = Field((), description="Held-out data; by default the `val` part of `data`.")
-    held_out: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False, description="Share of the rows of unprepared `data` that is held "
-                            "out where `eval` is empty, of each class.")
+    held_out: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False, description="Share of the rows of unprepared `data` that is "
+                            "held out where `eval` is empty, of each class.")
     tokenizer: Path | None = Field(None, description="Folder of the tokenizer for unprepared data; empty: that of `start`.")
     chat: Chats = Chats()
     objective: Objectives = Field(description="What is learned.")
@@ -123,12 +125,14 @@ class Run(Model):
     pack: bool = Field(True, description="Fill rows with several documents, isolated from each other.")
     overlong: Literal["error", "split", "drop", "cut"] = Field(
         "error", description="What to do with a document longer than a row.")
-    group_by_length: bool = Field(True, description="Without packing: rows of like length come in one step, in random order of steps.")
+    group_by_length: bool = Field(
+        True, description="Without packing: rows of like length come in one step, in random order of steps.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order, masks and dropout.")
     clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="Largest norm of the gradient.")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of an average of the weights, saved beside them.")
     every: Every = Every()
-    metric: Annotated[str, BeforeValidator(_metric)] = Field("eval/loss", description="What the best checkpoint and early stopping go by.")
+    metric: Annotated[str, BeforeValidator(_metric)] = Field(
+        "eval/loss", description="What the best checkpoint and early stopping go by.")
     stop: Stop | None = None
     guard: Guard = Guard()
     workers: int = Field(0, ge=0, description="Processes that make batches; 0 = this one.")
@@ -161,8 +165,8 @@ class Run(Model):
         if self.pack and self.objective.partner:
             problems.append(_("sentence pairs fill their rows themselves; set pack=false"))
         if self.model is not None and self.model.kind == "decoder" and self.layout.cp > 1 and self.objective.tasks():
-            problems.append(_("objective {kind} reads the last token of a row, which layout.cp cuts away; set layout.cp=1").format(
-                kind=self.objective.kind))
+            problems.append(_("objective {kind} reads the last token of a row, which layout.cp cuts away; set layout.cp=1")
+                            .format(kind=self.objective.kind))
         if self.model is not None and self.length > self.model.context:
             problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
                             .format(length=self.length, context=self.model.context))
@@ -243,7 +247,8 @@ Run.ALIASES = {
     "eval_steps": "every.evaluate", "early_stopping_steps": "stop.patience", "metric_for_best_model": "metric",
     "val_size": "held_out", "val_set_size": "held_out", "split_dataset_ratio": "held_out",
     "template": "chat.template", "chat_template": "chat.template",
-    "mask_history": lambda v: {"chat.learn": "last"} if v else {}, "train_on_prompt": lambda v: {"chat.learn": "all"} if v else {},
+    "mask_history": lambda v: {"chat.learn": "last"} if v else {},
+    "train_on_prompt": lambda v: {"chat.learn": "all"} if v else {},
     "train_on_inputs": lambda v: {"chat.learn": "all"} if v else {},
     "per_device_train_batch_size": "micro_rows", "micro_batch_size": "micro_rows",
     "global_batch_size": "rows", "gradient_accumulation_steps": "layout.micro",

@@ -107,8 +107,9 @@ def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Los
         steps = Steps(rows, run.objective, data.tokenizer.special, length=run.length, seed=0, position=rows.begin(),
                       per_step=min(number, at_once) if alone else at_once * layout.dp, rows_in_all=number,
                       share=(engine.world.index("dp"), layout.dp), fill=not alone, tight=run.tight)
+        told = rows.counts["tokens_lost"] == 0 and not shards.weighted
         measured = measure(work.model, run.objective, _given(steps, work, alive), sums,
-                           bytes=predicted_bytes(shards, data.tokenizer) if rows.counts["tokens_lost"] == 0 and not shards.weighted else 0)
+                           bytes=predicted_bytes(shards, data.tokenizer) if told else 0)
         parts.append(replace(measured, sums=engine.total(measured.sums), counts=engine.world.add(measured.counts, ("dp", "cp"))))
     figures = {} if said is None else {n: one.value for n, one in judge(
         run.objective, together(said.arrays(), engine.world), resamples=RESAMPLES).figures.items() if n != "loss"}
