@@ -56,8 +56,8 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
         for part, some in enumerate((real_spans, guessed, real_spans & guessed)):
             for kind, n in Counter(span[0] for span in some).items():
                 counts[part, row, kinds.index(kind)] = n
-    types = {kind: _figures(*counts[:, :, k], resamples, seed) for k, kind in enumerate(kinds)}
-    figures = _figures(*counts.sum(2), resamples, seed)
+    types = {kind: _figures(counts[:, :, k], resamples, seed) for k, kind in enumerate(kinds)}
+    figures = _figures(counts.sum(2), resamples, seed)
     figures["f1_macro"] = Estimate(float(np.mean([one["f1"].value for one in types.values()])) if types else 0.0)
     right = np.array([sum(a == b for a, b in zip(real, guess, strict=True)) for real, guess in pairs], np.float64)
     words = np.array([len(real) for real, _p in pairs], np.float64)
@@ -70,8 +70,9 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
     return Judged(figures, report, types=types)
 
 
-def _figures(true: Floats, claimed: Floats, right: Floats, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Return precision, recall and f1 from counts of each sentence [N]; 0 where there is nothing to divide by."""
+def _figures(counts: Floats, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Return precision, recall and f1; 0 where there is nothing to divide by.  counts [3, N]: true, predicted, right spans."""
+    true, claimed, right = counts
     sides = {"precision": (right, claimed), "recall": (right, true), "f1": (2 * right, true + claimed)}
     return {name: estimate(above, below, resamples=resamples, seed=seed) if below.any() else Estimate(0.0)
             for name, (above, below) in sides.items()}
