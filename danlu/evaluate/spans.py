@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from danlu.errors import ConfigError, DataError
-from danlu.evaluate.interval import Estimate, Floats, estimate
+from danlu.evaluate.interval import Estimate, Floats, around, estimate, estimates, resampled
 from danlu.evaluate.metrics import RESAMPLES, Judged
 from danlu.words import _
 
@@ -56,11 +56,14 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
         for part, some in enumerate((real_spans, guessed, real_spans & guessed)):
             for kind, n in Counter(span[0] for span in some).items():
                 counts[part, row, kinds.index(kind)] = n
-    types = {kind: _figures(counts[:, :, k], resamples, seed) for k, kind in enumerate(kinds)}
-    figures = _figures(counts.sum(2), resamples, seed)
-    figures["f1_macro"] = Estimate(float(np.mean([one["f1"].value for one in types.values()])) if types else 0.0)
     right = np.array([sum(a == b for a, b in zip(real, guess, strict=True)) for real, guess in pairs], np.float64)
     words = np.array([len(real) for real, _p in pairs], np.float64)
+    figures, *each = _figures(np.concatenate([counts.sum(2, keepdims=True), counts], 2), resamples, seed)
+    types = dict(zip(kinds, each, strict=True))
+    macro = _macro(counts.sum(1, keepdims=True))[0]
+    spread = resampled(lambda times: _macro(times @ counts), len(pairs), resamples=resamples, seed=seed) \
+        if resamples and len(pairs) > 1 else np.zeros(0)
+    figures["f1_macro"] = around(float(macro), spread)
     figures["accuracy"] = estimate(right, words, resamples=resamples, seed=seed)
     report = ""
     if kinds and scheme is None:
@@ -70,12 +73,25 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
     return Judged(figures, report, types=types)
 
 
-def _figures(counts: Floats, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Return precision, recall and f1; 0 where there is nothing to divide by.  counts [3, N]: true, predicted, right spans."""
+def _figures(counts: Floats, resamples: int, seed: int) -> list[dict[str, Estimate]]:
+    """Return precision, recall and f1 of each of M columns; 0 where there is nothing to divide by.
+
+    counts [3, N, M]: true, predicted, right spans of each sentence.
+    """
     true, claimed, right = counts
-    sides = {"precision": (right, claimed), "recall": (right, true), "f1": (2 * right, true + claimed)}
-    return {name: estimate(above, below, resamples=resamples, seed=seed) if below.any() else Estimate(0.0)
-            for name, (above, below) in sides.items()}
+    found = estimates(np.concatenate([right, right, 2 * right], 1), np.concatenate([claimed, true, true + claimed], 1),
+                      resamples=resamples, seed=seed)
+    found = [one if np.isfinite(one.value) else Estimate(0.0) for one in found]
+    size = true.shape[1]
+    return [{"precision": found[m], "recall": found[size + m], "f1": found[2 * size + m]} for m in range(size)]
+
+
+def _macro(counts: Floats) -> Floats:
+    """Return [r] the mean F1 over the types that occur; counts [3, r, M]: sums over the sentences of each resample."""
+    true, claimed, right = counts
+    there = true + claimed > 0
+    f1 = np.divide(2 * right, true + claimed, out=np.zeros(true.shape), where=there)
+    return f1.sum(-1) / np.maximum(there.sum(-1), 1)
 
 
 def _plain(tags: Sequence[str], sentence: int) -> list[str]:
