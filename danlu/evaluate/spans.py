@@ -38,8 +38,6 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
     predicted I- without B- are then no span.  Raises DataError for other tags, ValueError for sentences of unequal length.
     """
     require()
-    from seqeval.metrics import classification_report
-
     if len(truth) != len(predicted):
         raise ValueError(f"{len(truth)} true sentences, {len(predicted)} predicted")
     if not any(len(row) for row in truth):
@@ -65,11 +63,8 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
         if resamples and len(pairs) > 1 else np.zeros(0)
     figures["f1_macro"] = around(float(macro), spread)
     figures["accuracy"] = estimate(right, words, resamples=resamples, seed=seed)
-    report = ""
-    if kinds and scheme is None:
-        report = str(classification_report(*map(list, zip(*pairs, strict=True)), zero_division=0, digits=4))
-    elif kinds:
-        report = _table(types, counts[0].sum(0))
+    support = [*counts[0].sum(0), counts[0].sum()]
+    report = _table([*types.items(), ("micro avg", figures)], support) if types else ""
     return Judged(figures, report, types=types)
 
 
@@ -121,9 +116,10 @@ def _found(tags: list[str], scheme: str | None) -> list[Span]:
     return [(one.tag, one.start, one.end - 1) for one in found]
 
 
-def _table(types: dict[str, dict[str, Estimate]], support: Floats) -> str:
-    wide = max(map(len, types))
+def _table(rows: Sequence[tuple[str, dict[str, Estimate]]], support: Sequence[float]) -> str:
+    """Return the figures of each type as seqeval's report lays them out; it would look for every span again."""
+    wide = max(len(name) for name, _figures in rows)
     lines = [f"{'':>{wide}}  precision  recall  f1-score  support"]
-    lines += [f"{kind:>{wide}}  {one['precision'].value:9.4f}  {one['recall'].value:6.4f}  {one['f1'].value:8.4f}  {int(n):7d}"
-              for (kind, one), n in zip(types.items(), support, strict=True)]
+    lines += [f"{name:>{wide}}  {one['precision'].value:9.4f}  {one['recall'].value:6.4f}  {one['f1'].value:8.4f}  {int(n):7d}"
+              for (name, one), n in zip(rows, support, strict=True)]
     return "\n".join(lines) + "\n"
