@@ -226,7 +226,7 @@ def heat(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     wide = 0.075 * max(sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in name) for name in labels) + 0.45
     side = max(1.2, 0.36 * size)
     shares = [[n / max(1, sum(row)) for n in row] for row in counts]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "danlu", "font.family": "sans-serif", "text.parse_math": False,
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "danlu", "font.family": "sans-serif", "text.parse_math": False,
              "font.size": 9}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # glyphs matplotlib's own font lacks: the text stays text

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from danlu.errors import DataError
-from danlu.evaluate.interval import estimate
+from danlu.evaluate.interval import estimates
 from danlu.evaluate.metrics import RESAMPLES, Judged
 from danlu.evaluate.text import HAN, language
 from danlu.words import _
@@ -38,9 +38,10 @@ def answers(rows: Sequence[tuple[str, Sequence[str]]], *, chinese: bool | None =
     parts = {"": np.ones(len(rows), bool)}
     if has.any() and not has.all():
         parts |= {"has_answer_": has, "no_answer_": ~has}
-    return Judged({
-        part + name: estimate(found[rows_in, column], np.ones(int(rows_in.sum())), resamples=resamples, seed=seed)
-        for part, rows_in in parts.items() for column, name in enumerate(("exact_match", "f1"))})
+    masks = np.repeat(np.stack(list(parts.values()), 1), 2, axis=1).astype(np.float64)             # [N, 2 for each part]
+    ends = ("exact_match", "f1")
+    figures = estimates(np.tile(found, len(parts)) * masks, masks, resamples=resamples, seed=seed)
+    return Judged(dict(zip((part + end for part in parts for end in ends), figures, strict=True)))
 
 
 def judge(said: str, golds: Sequence[str], *, chinese: bool) -> tuple[float, float]:

@@ -80,6 +80,21 @@ def estimate(sums: Floats, counts: Floats, *, resamples: int = 2000, seed: int =
     return around(value, ratios(sums, counts, resamples=resamples, seed=seed))
 
 
+def estimates(sums: Floats, counts: Floats, *, resamples: int = 2000, seed: int = 0) -> list[Estimate]:
+    """Return Σ sums / Σ counts of M columns [n, M] with their spread, drawn once for all; NaN where nothing is counted."""
+    above, below = sums.sum(0), counts.sum(0)
+    values = divided(above, below)
+    if not resamples or len(sums) < 2:
+        return [Estimate(float(value)) for value in values]
+    spread = resampled(lambda times: divided(times @ sums, times @ counts), len(sums), resamples=resamples, seed=seed)
+    return [around(float(value), column) for value, column in zip(values, spread.T, strict=True)]
+
+
+def divided(above: Floats, below: Floats) -> Floats:
+    """Return above / below, NaN where below is 0."""
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+
+
 def exponential(of: Estimate) -> Estimate:
     """Return the interval of exp(x): its ends are those of x, its standard error by the delta method."""
     def exp(x: float | None) -> float | None:

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,7 @@ def several(truth: NDArray[Any], logits: NDArray[Any], names: Sequence[str], *, 
         raise ValueError(f"truth {truth.shape} and logits {logits.shape} for {len(names)} names")
     predicted = logits >= math.log(threshold) - math.log1p(-threshold)
     only: Any = {"labels": [True]} if len(names) == 1 else {}        # one column would be read as two classes
-    values = {}
+    values: dict[str, float] = {}
     for average in ("macro", "micro", "weighted"):
         found = precision_recall_fscore_support(truth, predicted, average=average, zero_division=0, **only)
         values |= {f"{n}_{average}": float(v) for n, v in zip(("precision", "recall", "f1"), found, strict=False)}
@@ -250,7 +251,7 @@ def several(truth: NDArray[Any], logits: NDArray[Any], names: Sequence[str], *, 
 def of_labels(times: Floats, truth: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> dict[str, Floats]:
     """Return the figures of multi-label rows, [r] each, where row n was drawn times[:, n] times; truth, predicted [N, K]."""
     hit, actual, claimed = (times @ part.astype(np.float64) for part in (truth & predicted, truth, predicted))     # [r, K]
-    n, found = times.sum(1), {}
+    n, found = times.sum(1), dict[str, Floats]()
     for name, above, below in (("precision", hit, claimed), ("recall", hit, actual), ("f1", 2 * hit, actual + claimed)):
         part = _ratio(above, below)
         found |= {f"{name}_macro": part.mean(1), f"{name}_micro": _ratio(above.sum(1), below.sum(1)),
@@ -271,14 +272,13 @@ def scores(truth: NDArray[Any], predicted: NDArray[Any], *, resamples: int = RES
     _check(truth, predicted)
     if truth.shape != predicted.shape or truth.ndim != 1:
         raise ValueError(f"truth {truth.shape} and predicted {predicted.shape}")
-    n, ones, found = len(truth), np.ones(len(truth)), {}
+    n, ones, found = len(truth), np.ones(len(truth)), dict[str, Estimate]()
     for name, exact, of in (("pearson", stats.pearsonr, _pearson), ("spearman", stats.spearmanr, _spearman)):
         with warnings.catch_warnings():                  # of a constant: the NaN says it
             warnings.simplefilter("ignore")
             value = float(exact(truth, predicted)[0]) if n > 1 else float("nan")
-        spread = resampled(lambda times, of=of: of(times, truth, predicted), n, resamples=resamples, seed=seed) \
-            if resamples else np.zeros(0)
-        found[name] = around(value, spread)
+        drawn = partial(of, x=truth, y=predicted)
+        found[name] = around(value, resampled(drawn, n, resamples=resamples, seed=seed)) if resamples else Estimate(value)
     error = predicted - truth
     found["mse"] = estimate(error**2, ones, resamples=resamples, seed=seed)
     found["mae"] = estimate(np.abs(error), ones, resamples=resamples, seed=seed)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from danlu.errors import ConfigError, DataError
-from danlu.evaluate.interval import Estimate, Floats, estimate
+from danlu.evaluate.interval import Estimate, Floats, around, estimate, estimates, resampled
 from danlu.evaluate.metrics import RESAMPLES, Judged
 from danlu.words import _
 
@@ -38,8 +38,6 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
     predicted I- without B- are then no span.  Raises DataError for other tags, ValueError for sentences of unequal length.
     """
     require()
-    from seqeval.metrics import classification_report
-
     if len(truth) != len(predicted):
         raise ValueError(f"{len(truth)} true sentences, {len(predicted)} predicted")
     if not any(len(row) for row in truth):
@@ -56,25 +54,39 @@ def spans(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *,
         for part, some in enumerate((real_spans, guessed, real_spans & guessed)):
             for kind, n in Counter(span[0] for span in some).items():
                 counts[part, row, kinds.index(kind)] = n
-    types = {kind: _figures(*counts[:, :, k], resamples, seed) for k, kind in enumerate(kinds)}
-    figures = _figures(*counts.sum(2), resamples, seed)
-    figures["f1_macro"] = Estimate(float(np.mean([one["f1"].value for one in types.values()])) if types else 0.0)
     right = np.array([sum(a == b for a, b in zip(real, guess, strict=True)) for real, guess in pairs], np.float64)
     words = np.array([len(real) for real, _p in pairs], np.float64)
+    figures, *each = _figures(np.concatenate([counts.sum(2, keepdims=True), counts], 2), resamples, seed)
+    types = dict(zip(kinds, each, strict=True))
+    macro = _macro(counts.sum(1, keepdims=True))[0]
+    spread = resampled(lambda times: _macro(times @ counts), len(pairs), resamples=resamples, seed=seed) \
+        if resamples and len(pairs) > 1 else np.zeros(0)
+    figures["f1_macro"] = around(float(macro), spread)
     figures["accuracy"] = estimate(right, words, resamples=resamples, seed=seed)
-    report = ""
-    if kinds and scheme is None:
-        report = str(classification_report(*map(list, zip(*pairs, strict=True)), zero_division=0, digits=4))
-    elif kinds:
-        report = _table(types, counts[0].sum(0))
+    support = [*counts[0].sum(0), counts[0].sum()]
+    report = _table([*types.items(), ("micro avg", figures)], support) if types else ""
     return Judged(figures, report, types=types)
 
 
-def _figures(true: Floats, claimed: Floats, right: Floats, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Return precision, recall and f1 from counts of each sentence [N]; 0 where there is nothing to divide by."""
-    sides = {"precision": (right, claimed), "recall": (right, true), "f1": (2 * right, true + claimed)}
-    return {name: estimate(above, below, resamples=resamples, seed=seed) if below.any() else Estimate(0.0)
-            for name, (above, below) in sides.items()}
+def _figures(counts: Floats, resamples: int, seed: int) -> list[dict[str, Estimate]]:
+    """Return precision, recall and f1 of each of M columns; 0 where there is nothing to divide by.
+
+    counts [3, N, M]: true, predicted, right spans of each sentence.
+    """
+    true, claimed, right = counts
+    found = estimates(np.concatenate([right, right, 2 * right], 1), np.concatenate([claimed, true, true + claimed], 1),
+                      resamples=resamples, seed=seed)
+    found = [one if np.isfinite(one.value) else Estimate(0.0) for one in found]
+    size = true.shape[1]
+    return [{"precision": found[m], "recall": found[size + m], "f1": found[2 * size + m]} for m in range(size)]
+
+
+def _macro(counts: Floats) -> Floats:
+    """Return [r] the mean F1 over the types that occur; counts [3, r, M]: sums over the sentences of each resample."""
+    true, claimed, right = counts
+    there = true + claimed > 0
+    f1 = np.divide(2 * right, true + claimed, out=np.zeros(true.shape), where=there)
+    return f1.sum(-1) / np.maximum(there.sum(-1), 1)
 
 
 def _plain(tags: Sequence[str], sentence: int) -> list[str]:
@@ -104,9 +116,10 @@ def _found(tags: list[str], scheme: str | None) -> list[Span]:
     return [(one.tag, one.start, one.end - 1) for one in found]
 
 
-def _table(types: dict[str, dict[str, Estimate]], support: Floats) -> str:
-    wide = max(map(len, types))
+def _table(rows: Sequence[tuple[str, dict[str, Estimate]]], support: Sequence[float]) -> str:
+    """Return the figures of each type as seqeval's report lays them out; it would look for every span again."""
+    wide = max(len(name) for name, _figures in rows)
     lines = [f"{'':>{wide}}  precision  recall  f1-score  support"]
-    lines += [f"{kind:>{wide}}  {one['precision'].value:9.4f}  {one['recall'].value:6.4f}  {one['f1'].value:8.4f}  {int(n):7d}"
-              for (kind, one), n in zip(types.items(), support, strict=True)]
+    lines += [f"{name:>{wide}}  {one['precision'].value:9.4f}  {one['recall'].value:6.4f}  {one['f1'].value:8.4f}  {int(n):7d}"
+              for (name, one), n in zip(rows, support, strict=True)]
     return "\n".join(lines) + "\n"

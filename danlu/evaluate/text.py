@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from danlu.errors import ConfigError, DataError
-from danlu.evaluate.interval import Estimate, Floats, around, estimate, resampled
+from danlu.evaluate.interval import Estimate, Floats, around, estimates, resampled
 from danlu.evaluate.metrics import RESAMPLES, Judged
 from danlu.words import _
 
@@ -63,11 +63,10 @@ def texts(predicted: Sequence[str], references: Sequence[Sequence[str]], *, chin
     figures = {
         "bleu": _corpus(BLEU(tokenize="zh" if chinese else "13a"), predicted, columns, resamples, seed),
         "chrf": _corpus(CHRF(), predicted, columns, resamples, seed)}
-    ones = np.ones(len(predicted))
-    for name, values in zip(ROUGE, rouge(predicted, references, chinese=chinese).T, strict=True):
-        figures[name] = estimate(values, ones, resamples=resamples, seed=seed)
-    same = np.array([said.strip() in [one.strip() for one in row] for said, row in zip(predicted, references, strict=True)])
-    figures["exact_match"] = estimate(same.astype(np.float64), ones, resamples=resamples, seed=seed)
+    same = [said.strip() in [one.strip() for one in row] for said, row in zip(predicted, references, strict=True)]
+    found = np.column_stack([rouge(predicted, references, chinese=chinese), same])                 # [N, 4]
+    means = estimates(found, np.ones(found.shape), resamples=resamples, seed=seed)
+    figures |= dict(zip((*ROUGE, "exact_match"), means, strict=True))
     return Judged(figures)
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from danlu.evaluate.interval import Estimate, estimate, exponential
+from danlu.evaluate.interval import Estimate, estimate, estimates, exponential
 
 
 def test_the_interval_of_a_normal_mean_is_the_textbook_one() -> None:
@@ -33,6 +33,17 @@ def test_it_covers_the_truth_19_times_in_20() -> None:
 
 def test_long_documents_weigh_more() -> None:
     assert estimate(np.array([10.0, 1.0]), np.array([10.0, 4.0])).value == pytest.approx(11 / 14)
+
+
+def test_columns_are_estimated_as_one_by_one() -> None:
+    draw = np.random.default_rng(0)
+    sums, counts = draw.normal(2, 1, (60, 3)), draw.integers(1, 9, (60, 3)).astype(float)
+    found = estimates(sums, counts, resamples=300, seed=5)
+    for column, one in enumerate(found):
+        alone = estimate(sums[:, column], counts[:, column], resamples=300, seed=5)
+        assert (one.value, one.stderr, one.low, one.high) == pytest.approx(
+            (alone.value, alone.stderr, alone.low, alone.high))
+    assert math.isnan(estimates(np.zeros((4, 1)), np.zeros((4, 1)))[0].value)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
