@@ -222,7 +222,7 @@ class Stream:
         spare = permute.small(len(rest), self.seed or 0, "spare", epoch, window)[: len(rest) - whole]
         tail, rest = rest[np.sort(spare)], np.delete(rest, spare)
         groups = rest.reshape(-1, self.group)
-        order = permute.small(len(groups), self.seed or 0, "groups", epoch, window) if len(groups) else []
+        order = permute.small(len(groups), self.seed or 0, "groups", epoch, window)
         return np.concatenate([first, groups[order].ravel(), tail]).tolist()      # type: ignore[no-any-return]
 
     def _located(self, window: int, order: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

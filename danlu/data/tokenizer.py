@@ -128,11 +128,11 @@ class Tokenizer:
 
     def _template(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
         parts = [self.raw.encode("a", add_special_tokens=False) for _part in range(number)]
-        full = self.raw.post_process(*parts, add_special_tokens=True)
+        full = self.raw.post_process(parts[0], parts[1] if number == 2 else None, True)
         if len(full.ids) > sum(len(part.ids) for part in parts):
-            places = [i for i, sequence in enumerate(full.sequence_ids) if sequence is not None]
+            places = [i for i, special in enumerate(full.special_tokens_mask) if not special]
             first, last = places[0], places[-1]
-            inner = [i for i, sequence in enumerate(full.sequence_ids) if sequence is None and first < i < last]
+            inner = [i for i in range(first, last) if full.special_tokens_mask[i]]
             ids = np.array(full.ids, np.int64)
             return ids[:first], ids[inner], ids[last + 1 :], number == 2 and full.type_ids[last] == 1
         named = {role: self.id(token) for role, token in self.named.items()}

@@ -410,3 +410,25 @@ def test_report_counts_by_script(made: Made) -> None:
         assert told["samples"]["zh"]["bytes_per_token"] == size / tokens
         assert sum(s["tokens"] for s in told["samples"]["zh"]["scripts"].values()) == tokens
         json.dumps(told)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+def test_rows_of_tasks_are_framed_as_the_template_says(kind: str, tmp_path: Path) -> None:
+    """The ids and types that transformers gives a text and a pair of texts."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "a", "b", "c", "d"]
+    raw = Raw(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="a"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.add_special_tokens(["<s>", "</s>"])
+    raw.post_processor = {
+        "bert": processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B:1 </s>:1", [("<s>", 0), ("</s>", 1)]),
+        "roberta": processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
+        "llama": processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])}[kind]
+    raw.save(str(tmp_path / "tokenizer.json"))
+    ours, theirs = Tokenizer.load(tmp_path), PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for texts in (("c d",), ("c d", "d c c")):
+        row, parts = ours.together([ours.encode(text) for text in texts])
+        told = theirs(*texts, return_token_type_ids=True)
+        assert row.tolist() == told["input_ids"] and parts == (told["token_type_ids"].count(0), told["token_type_ids"].count(1))
+        assert len(row) - sum(len(text.split()) for text in texts) == ours.room_beside(len(texts))
