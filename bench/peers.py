@@ -282,9 +282,17 @@ def trainer_steps(size: str, precision: str, *, data: str | None = None, seed: i
     `Trainer.train()` runs in a thread and waits at `on_step_begin`; a step is everything between two such moments,
     so start-up is left out and batch loading, collating, clipping, the scheduler and the callbacks are not.
     """
+    shape = SIZES[size]
+    scratch = tempfile.mkdtemp(prefix="bench-trainer-")
+    torch.manual_seed(seed)
+    return gated(scratch, model=hf_model(shape), args=hf_arguments(shape, precision, scratch, seed=seed),
+                 data_collator=hf_collator(shape), train_dataset=Rows(folder_of(shape, data) / "train.bin", shape))
+
+
+def gated(scratch: str, **options: Any) -> Contender:
+    """Return `Trainer(**options).train()`, let through one step at a time; `scratch` is deleted at the end."""
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
-    shape = SIZES[size]
     go, arrived = threading.Semaphore(0), threading.Semaphore(0)
     failure: list[BaseException] = []
     ended = threading.Event()
@@ -297,16 +305,7 @@ def trainer_steps(size: str, precision: str, *, data: str | None = None, seed: i
         def on_step_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
             control.should_training_stop = ended.is_set()
 
-    scratch = tempfile.mkdtemp(prefix="bench-trainer-")
-    torch.manual_seed(seed)
-    trainer = Trainer(
-        model=hf_model(shape),
-        args=hf_arguments(shape, precision, scratch, seed=seed),
-        data_collator=hf_collator(shape),
-        callbacks=[Gate()],
-        train_dataset=Rows(folder_of(shape, data) / "train.bin", shape),
-    )
-
+    trainer = Trainer(callbacks=[Gate()], **options)
     trainer.remove_callback(PrinterCallback)
 
     def run() -> None:
