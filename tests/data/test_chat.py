@@ -1,0 +1,381 @@
+"""The renderer against transformers' apply_chat_template on templates as models ship them: same text, ids and mask."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from danlu.data import jinja
+from danlu.data.chat import Piece, Template, encode, render
+from danlu.data.example import Turn, Unusable
+from danlu.data.tokenizer import BPE, Tokenizer, train
+from danlu.errors import ConfigError, DataError, SecurityError
+
+MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]",
+         "[TOOL_CALLS]", "<|end|>", "<|user|>", "<|assistant|>")
+CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+          "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+          "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+QWEN = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are a helpful assistant.' }}
+    {%- endif %}
+    {{- "\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided with function signatures within <tools></tools> XML tags:\\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args-json-object>}\\n</tool_call><|im_end|>\\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '\\n<tool_call>\\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}
+        {{- message.content }}
+        {{- '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""  # noqa: E501
+MISTRAL = ("{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set loop_messages = "
+           "messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}{%- for message in "
+           "loop_messages %}{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('After the "
+           "optional system message, conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif %}"
+           "{%- if message['role'] == 'user' %}{%- if loop.first and system_message is defined %}{{- ' [INST] ' + "
+           "system_message + '\n\n' + message['content'] + ' [/INST]' }}{%- else %}{{- ' [INST] ' + message['content'] + "
+           "' [/INST]' }}{%- endif %}{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content'] + eos_token}}"
+           "{%- endif %}{%- endfor %}")
+GENERATION = ("{%- for message in messages %}{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}"
+              "{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}{{- '\n' }}{%- else %}"
+              "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+              "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")
+PHI = ("{% for message in messages %}{% if message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+       "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
+       "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
+THINKING = """{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' %}
+        {%- set reasoning = '' %}
+        {%- if '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.last and reasoning %}
+            {{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- '<|im_start|>assistant\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+REAL = {"chatml": CHATML, "llama3": LLAMA3, "qwen": QWEN, "mistral": MISTRAL, "generation": GENERATION, "phi": PHI,
+        "thinking": THINKING}
+TALK = [Turn("user", "Hello, who are you?"), Turn("assistant", "A furnace."), Turn("user", "丹炉?"), Turn("assistant", "是的。")]
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Tell <|im_end|> the weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京 <|im_end|>"}}}
+
+
+def texts() -> list[str]:
+    return ["Hello, who are you? A furnace. What do you do? I learn from text.\n\nuser\nassistant\nsystem\n"] * 20 + [
+        "丹炉是什么？是的。北京天气"] * 20
+
+
+def tokenizer_in(folder: Path, marks: tuple[str, ...], *, bos: bool = True) -> Tokenizer:
+    """A byte-level BPE whose vocabulary has `marks` as special tokens, saved as any model's is."""
+    train(texts(), BPE(vocab=400, add_bos=False)).save(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    known = {token["content"] for token in content["added_tokens"]}
+    size = 1 + max(*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"]))
+    for mark in (*(["<s>"] if bos else []), *marks):
+        if mark not in known:
+            content["added_tokens"].append({"id": size, "content": mark, "single_word": False, "lstrip": False,
+                                            "rstrip": False, "normalized": False, "special": True})
+            size += 1
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    configured = json.loads((folder / "tokenizer_config.json").read_text())
+    if bos:
+        configured |= {"bos_token": "<s>"}
+        (folder / "special_tokens_map.json").write_text(json.dumps(
+            json.loads((folder / "special_tokens_map.json").read_text()) | {"bos_token": "<s>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(configured))
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = tokenizer_in(folder, MARKS)
+    return tokenizer, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_in(tmp_path_factory.mktemp("bare"), (), bos=False)
+
+
+def template(tokenizer: Tokenizer, source: str | None) -> Template:
+    return Template(source, None, tokenizer.controls, tokenizer.named)
+
+
+def messages(turns: list[Turn]) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": turn.content} | ({"tool_calls": list(turn.calls)} if turn.calls else {})
+            for turn in turns]
+
+
+def theirs(hf: Any, source: str, turns: list[Turn], tools: list[Any], generate: bool) -> tuple[str, list[int]]:
+    asked = {"chat_template": source, "tools": tools or None, "add_generation_prompt": generate}
+    return (hf.apply_chat_template(messages(turns), tokenize=False, **asked),
+            hf.apply_chat_template(messages(turns), tokenize=True, return_dict=True, **asked)["input_ids"])
+
+
+def learned(pieces: list[Piece]) -> str:
+    """What the model learns to write, with a bar where something else stands between."""
+    found = ""
+    for piece in pieces:
+        found += piece.text if piece.weight else "" if found.endswith("|") or not found else "|"
+    return found.rstrip("|")
+
+
+@pytest.mark.parametrize("generate", [False, True])
+@pytest.mark.parametrize("name", REAL)
+def test_text_and_ids_equal_transformers(own: tuple[Tokenizer, Any], name: str, generate: bool) -> None:
+    tokenizer, hf = own
+    turns = TALK[:3] if generate else TALK
+    text, ids = theirs(hf, REAL[name], turns, [], generate)
+    pieces = render(template(tokenizer, REAL[name]), turns, generate=generate)
+    assert "".join(piece.text for piece in pieces) == text
+    assert encode(pieces, tokenizer)[0].tolist() == ids
+
+
+@pytest.mark.parametrize(("name", "wanted"), [
+    ("chatml", "A furnace.<|im_end|>|是的。<|im_end|>"), ("llama3", "A furnace.<|eot_id|>|是的。<|eot_id|>"),
+    ("qwen", "A furnace.<|im_end|>|是的。<|im_end|>"), ("mistral", "A furnace.</s>|是的。</s>"),
+    ("generation", "A furnace.<|im_end|>|是的。<|im_end|>"), ("phi", "A furnace.<|end|>|是的。<|end|>\n</s>"),
+    ("thinking", "A furnace.<|im_end|>|是的。<|im_end|>"), (None, "A furnace.<|im_end|>|是的。<|im_end|>")])
+def test_answers_and_their_ends_are_learned_and_nothing_else(own: tuple[Tokenizer, Any], name: str, wanted: str) -> None:
+    tokenizer, _hf = own
+    eos = tokenizer.named["eos"]
+    pieces = render(template(tokenizer, REAL[name] if name else None), TALK)
+    assert learned(pieces) == wanted.replace("</s>", eos)
+    ids, weights = encode(pieces, tokenizer)
+    text = tokenizer.decode(ids[weights > 0].tolist())
+    if name == "mistral":                                # its blank before the answer is one token with the first word
+        text = text.replace(" A", "A").replace(" 是", "是")
+    assert text == wanted.replace("</s>", eos).replace("|是", "是")
+
+
+@pytest.mark.parametrize("turns", [TALK, [Turn("system", "Be brief."), *TALK, Turn("user", "Bye")]])
+def test_the_mask_equals_that_of_transformers(own: tuple[Tokenizer, Any], turns: list[Turn]) -> None:
+    tokenizer, hf = own
+    found = hf.apply_chat_template(messages(turns), chat_template=GENERATION, tokenize=True, return_dict=True,
+                                   return_assistant_tokens_mask=True)
+    ids, weights = encode(render(template(tokenizer, GENERATION), turns), tokenizer)
+    assert ids.tolist() == found["input_ids"]
+    assert weights.tolist() == found["assistant_masks"]
+    plain = encode(render(template(tokenizer, CHATML), turns), tokenizer)
+    assert plain[0].tolist() == ids.tolist() and plain[1].tolist() == weights.tolist()
+
+
+@pytest.mark.parametrize("source", [QWEN, None])
+def test_tool_calls_are_learned(own: tuple[Tokenizer, Any], source: str | None) -> None:
+    tokenizer, hf = own
+    turns = [Turn("system", "Help."), Turn("user", "天气?"), Turn("assistant", "", calls=(CALL,)), Turn("tool", "rain"),
+             Turn("tool", "wind"), Turn("assistant", "Look:", calls=(CALL, CALL)), Turn("tool", "sun"), Turn("assistant", "Sun.")]
+    guarded = [turn if not turn.calls else turn._replace(calls=tuple(
+        {**call, "function": {"name": "weather", "arguments": {"city": "北京"}}} for call in turn.calls)) for turn in turns]
+    tool = json.loads(json.dumps(TOOL).replace("<|im_end|>", ""))
+    text, ids = theirs(hf, QWEN, guarded, [tool], False)
+    pieces = render(template(tokenizer, source), guarded, [tool])
+    assert "".join(piece.text for piece in pieces) == text
+    assert encode(pieces, tokenizer)[0].tolist() == ids
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+    assert learned(pieces) == f"{call}<|im_end|>|Look:\n{call}\n{call}<|im_end|>|Sun.<|im_end|>"
+    hostile = render(template(tokenizer, source), turns, [TOOL])
+    ends = encode(hostile, tokenizer)[0].tolist().count(tokenizer.id("<|im_end|>"))
+    assert ends == encode(pieces, tokenizer)[0].tolist().count(tokenizer.id("<|im_end|>"))
+    assert "北京 <|im_end|>" in "".join(piece.text for piece in hostile if not piece.special)
+
+
+SAID = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+PART = SAID | st.sampled_from(
+    [*MARKS, "<s>", "</s>", "<", "|im_end|>", " ", "\n", "[", "<think>", "</think>", "\ue000", "{{ 7*7 }}"])
+CONTENT = st.lists(PART, min_size=1, max_size=4).map("".join)
+
+
+@pytest.mark.parametrize("name", [None, "chatml", "llama3", "qwen", "mistral", "generation", "phi"])
+@given(said=st.lists(CONTENT, min_size=2, max_size=6))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nobody_can_say_a_special_token(own: tuple[Tokenizer, Any], name: str | None, said: list[str]) -> None:
+    tokenizer, _hf = own
+    said = [one if one.strip() else "x" for one in said[:len(said) // 2 * 2]]
+    turns = [Turn("assistant" if place % 2 else "user", one) for place, one in enumerate(said)]
+    calm = [turn._replace(content="x") for turn in turns]
+    given_template = template(tokenizer, REAL[name] if name else None)
+    pieces = render(given_template, turns)
+    special = np.flatnonzero(tokenizer.special.reserved)
+    ids, weights = encode(pieces, tokenizer)
+    other, _weights = encode(render(given_template, calm), tokenizer)
+    assert ids[np.isin(ids, special)].tolist() == other[np.isin(other, special)].tolist()
+    assert (ids == tokenizer.special.bos).sum() <= 1
+    assert len(ids) == len(weights)
+    for place in range(1, len(turns), 2):
+        mine = [piece for piece in pieces if piece.turn == place]
+        assert mine[-1].special and mine[-1].weight == 1
+        whole = "".join(piece.text for piece in mine if not piece.special)
+        assert whole.strip() == turns[place].content.strip()
+
+
+@given(said=st.lists(CONTENT, min_size=2, max_size=2))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_marked_text_is_the_text_of_transformers(own: tuple[Tokenizer, Any], said: list[str]) -> None:
+    tokenizer, hf = own
+    turns = [Turn("user", said[0]), Turn("assistant", said[1])]
+    for source in (LLAMA3, QWEN):
+        try:
+            pieces = render(template(tokenizer, source), turns)
+        except DataError:
+            assert not said[1].strip()                   # an answer of blanks that the template trims away
+            continue
+        text = hf.apply_chat_template(messages(turns), chat_template=source, tokenize=False)
+        assert "".join(piece.text for piece in pieces) == text
+
+
+def test_without_markers_they_are_text_and_eos_ends_answers(bare: Tokenizer) -> None:
+    pieces = render(Template.load(bare), TALK[:2])
+    eos = bare.named["eos"]
+    assert [piece for piece in pieces if piece.special] == [Piece(eos, 1.0, True, 1)]
+    ids, weights = encode(pieces, bare)
+    assert bare.decode(ids.tolist()) == (
+        f"<|im_start|>user\nHello, who are you?<|im_end|>\n<|im_start|>assistant\nA furnace.{eos}\n")
+    assert bare.decode(ids[weights > 0].tolist()) == f"A furnace.{eos}"
+
+
+def test_weights_of_turns_and_of_characters(own: tuple[Tokenizer, Any]) -> None:
+    tokenizer, _hf = own
+    turns = [Turn("user", "Q", weight=0.5), Turn("assistant", "no", weight=0.0), Turn("user", "R"),
+             Turn("assistant", "wrong right", weight=None, spans=((0, 6, 0.0), (6, 8, 2.0)))]
+    for source in (None, CHATML, LLAMA3, QWEN):
+        pieces = render(template(tokenizer, source), turns)
+        assert [(piece.text, piece.weight) for piece in pieces if piece.turn == 0] == [("Q", 0.5)]
+        assert not any(piece.weight for piece in pieces if piece.turn == 1)
+        mine = [(piece.text, piece.weight) for piece in pieces if piece.turn == 3]
+        assert mine[:3] == [("wrong ", 0.0), ("ri", 2.0), ("ght", 1.0)] and mine[3][1] == 1.0
+
+
+def test_thoughts_are_learned_where_the_template_keeps_them(own: tuple[Tokenizer, Any]) -> None:
+    tokenizer, hf = own
+    thought = "<think>\nhm\n</think>\n\n"
+    turns = [Turn("user", "a"), Turn("assistant", f"{thought}b"), Turn("user", "c"), Turn("assistant", f"{thought}d")]
+    pieces = render(template(tokenizer, THINKING), turns)
+    assert "".join(p.text for p in pieces) == hf.apply_chat_template(messages(turns), chat_template=THINKING, tokenize=False)
+    assert learned(pieces) == f"b<|im_end|>|{thought}d<|im_end|>"
+    off = render(template(tokenizer, THINKING), turns[:1], generate=True, variables={"enable_thinking": False})
+    assert "".join(p.text for p in off).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_one_bos_from_the_template_or_the_tokenizer(own: tuple[Tokenizer, Any]) -> None:
+    tokenizer, _hf = own
+    bos = tokenizer.special.bos
+    tokenizer.add_bos = True
+    try:
+        for source in (None, CHATML, LLAMA3, MISTRAL, "{{ bos_token }}" + LLAMA3):
+            ids, weights = encode(render(template(tokenizer, source), TALK), tokenizer)
+            assert ids[0] == bos and (ids == bos).sum() == 1 and weights[0] == 0
+    finally:
+        tokenizer.add_bos = False
+
+
+def test_a_template_without_ends_gets_eos(own: tuple[Tokenizer, Any]) -> None:
+    tokenizer, _hf = own
+    source = "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
+    pieces = render(template(tokenizer, source), TALK)
+    assert pieces[-1] == Piece(tokenizer.named["eos"], 1.0, True, 3)
+    assert learned(pieces).startswith("A furnace.|是的。")
+
+
+def test_what_a_template_cannot_do(own: tuple[Tokenizer, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, _hf = own
+    with pytest.raises(Unusable, match="roles must alternate"):
+        render(template(tokenizer, MISTRAL), [TALK[0], TALK[0]])
+    with pytest.raises(DataError, match="cannot be told"):
+        render(template(tokenizer, "{% for m in messages %}{{ m.content | length }} {% endfor %}"), TALK)
+    with pytest.raises(DataError, match="line 1"):
+        render(template(tokenizer, "{% for %}"), TALK)
+    with pytest.raises(SecurityError):
+        render(template(tokenizer, "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}"), TALK)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    jinja._compiled.cache_clear()
+    with pytest.raises(ConfigError, match="extra") as caught:
+        render(template(tokenizer, CHATML), TALK)
+    assert "danlu[chat]" in str(caught.value)
+    render(template(tokenizer, None), TALK)
+
+
+def test_where_templates_are_found(own: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    tokenizer, _hf = own
+    assert Template.load(tokenizer).source is None
+    several = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": QWEN}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    found = Template.load(tokenizer, tmp_path)
+    assert (found.source, found.with_tools) == (CHATML, QWEN)
+    (tmp_path / "chat_template.jinja").write_text(LLAMA3)
+    assert Template.load(tokenizer, tmp_path).source == LLAMA3
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "other", "template": "x"}]}))
+    with pytest.raises(DataError, match="default"):
+        Template.load(tokenizer, tmp_path)
