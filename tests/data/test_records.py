@@ -77,8 +77,10 @@ def test_nested_columns_of_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("first", "rest", "top"), [
     (["a stirring film", "1"], [["a bad film", "0"]], False), (["label", "text_a"], [["1", "x"]], True),
-    (["A plane.", "A jet.", "5.0"], [["A man.", "A dog.", "1.0"]], False), (["good film", "positive"], [["bad", "positive"]], False),
-    (["Review Text", "Stars"], [["fine", "5"]], True), (["文本", "标签"], [["好", "1"]], True), (["my text", ""], [["a", "b"]], False),
+    (["A plane.", "A jet.", "5.0"], [["A man.", "A dog.", "1.0"]], False),
+    (["good film", "positive"], [["bad", "positive"]], False),
+    (["Review Text", "Stars"], [["fine", "5"]], True),
+    (["文本", "标签"], [["好", "1"]], True), (["my text", ""], [["a", "b"]], False),
     (["this is a rather long sentence that nobody would call a column", "pos"], [["b", "neg"]], False)])
 def test_a_header_is_told_from_a_row(first: list[str], rest: list[list[str]], top: bool) -> None:
     assert headed([first, *rest]) is top
@@ -112,7 +114,8 @@ def test_squad_gives_a_row_a_question(tmp_path: Path) -> None:
                                         {"paragraphs": [{"qas": 3}]}]}
     found, rejects = rows(put(tmp_path, "a.json", json.dumps(data)))
     assert [(one.line, one.columns) for one in found] == [
-        (1, {"id": "q1", "context": "Bo and a Bo", "question": "Who?", "answers": {"text": ["Bo", "Bo"], "answer_start": [0, 9]}}),
+        (1, {"id": "q1", "context": "Bo and a Bo", "question": "Who?",
+             "answers": {"text": ["Bo", "Bo"], "answer_start": [0, 9]}}),
         (2, {"id": "q2", "context": "Bo and a Bo", "question": "Why?", "answers": {"text": [], "answer_start": []}})]
     assert [(reject.line, reject.reason) for reject in rejects] == [(3, "squad")]
     assert len(rows(f"{tmp_path}/a.json#1")[0]) == 1
@@ -147,7 +150,8 @@ def test_other_encodings_have_no_wrong_fix(tmp_path: Path) -> None:
 
 def test_an_enormous_row_is_rejected_with_its_line(tmp_path: Path) -> None:
     large = "x" * 3_000_000
-    for name, text, line in (("a.csv", f"text,label\nok,1\n{large},0\nfine,1\n", 3), ("c.csv", f'text,label\nok,1\n"{large}",0\nfine,1\n', 3),
+    for name, text, line in (("a.csv", f"text,label\nok,1\n{large},0\nfine,1\n", 3),
+                             ("c.csv", f'text,label\nok,1\n"{large}",0\nfine,1\n', 3),
                              ("a.jsonl", f'{{"text": "ok"}}\n{{"text": "{large}"}}\n{{"text": "fine"}}\n', 2),
                              ("a.json", f'[{{"text": "ok"}}, {{"text": "{large}"}}, {{"text": "fine"}}]', 2)):
         found, rejects = rows(put(tmp_path, name, text), row_bytes=100_000)
@@ -159,7 +163,8 @@ def test_an_enormous_row_is_rejected_with_its_line(tmp_path: Path) -> None:
 
 
 def test_nothing_vanishes(tmp_path: Path) -> None:
-    lines = ['{"text": "a"}', "", "[1]", '{"text": NaN}', '{"text": "\\ud800"}', '{"text": {"x": ["\\u0000"]}}', "{", '{"text": "b"}']
+    lines = ['{"text": "a"}', "", "[1]", '{"text": NaN}', '{"text": "\\ud800"}', '{"text": {"x": ["\\u0000"]}}', "{",
+             '{"text": "b"}']
     found, rejects = rows(put(tmp_path, "a.jsonl", "\n".join(lines)))
     assert [one.line for one in found] == [1, 8]
     assert [(reject.line, reject.reason) for reject in rejects] == [
@@ -168,7 +173,7 @@ def test_nothing_vanishes(tmp_path: Path) -> None:
     assert [one.columns["text"] for one in found] == ["a", "d"]
     assert [(reject.line, reject.reason) for reject in rejects] == [(3, "columns"), (5, "columns")]
     with pytest.raises(DataError, match="two columns"):
-        rows(put(tmp_path, "b.csv", Input and "text,text\na,b\n") and Input(path=str(tmp_path / "b.csv"), header=True))
+        rows(Input(path=str(put(tmp_path, "b.csv", "text,text\na,b\n")), header=True))
     with pytest.raises(DataError, match="cannot be used"):
         list(read(str(tmp_path / "a.csv")))
 
