@@ -251,6 +251,29 @@ def test_tool_calls_are_learned(own: tuple[Tokenizer, Any], source: str | None) 
     assert "北京 <|im_end|>" in "".join(piece.text for piece in hostile if not piece.special)
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_blanks_of_sentencepiece_after_special_tokens(tmp_path: Path, scheme: str) -> None:
+    """Such tokenizers put a blank before the first word of a text, some before that after a special token too."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Raw
+
+    words = {word: place for place, word in enumerate(["<unk>", *"▁abcdefghijklmnopqrstuvwxyz.,?", "▁who"])}
+    raw = Raw(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    raw.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in ("<s>", "</s>", "[INST]", "[/INST]")])
+    hf = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    hf.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    turns = [Turn("user", "who are you"), Turn("assistant", "me."), Turn("user", " eh?"), Turn("assistant", "yes")]
+    for source in (MISTRAL, "{% for m in messages %}{{ 'x' if loop.first }}{{ '[INST]' + m.content + '[/INST]' }}{% endfor %}"):
+        text, ids = theirs(hf, source, turns, [], False)
+        pieces = render(template(tokenizer, source), turns)
+        if source == MISTRAL:
+            assert "".join(piece.text for piece in pieces) == text
+        assert encode(pieces, tokenizer)[0].tolist()[:len(ids)] == ids
+
+
 SAID = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 PART = SAID | st.sampled_from(
     [*MARKS, "<s>", "</s>", "<", "|im_end|>", " ", "\n", "[", "<think>", "</think>", "\ue000", "{{ 7*7 }}"])

@@ -192,7 +192,8 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers(-3, 9) | st.floats
                          "arguments", "loss", "train_detail", "begin_offset", "human", "assistant"]), inner,
         max_size=4), max_leaves=8)
 SHAPES = [("label", ["text", "label"]), ("labels", ["text", "labels"]), ("score", ["text", "score"]),
-          ("tags", ["tokens", "tags"]), ("answer", ["context", "question", "answers"]), ("choice", ["question", "choices", "answer"]),
+          ("tags", ["tokens", "tags"]), ("answer", ["context", "question", "answers"]),
+          ("choice", ["question", "choices", "answer"]),
           ("similar", ["anchor", "positive", "negative"]), ("chat", ["messages", "tools", "system"]),
           ("chat", ["instruction", "input", "output", "history"]), ("chat", ["prompt", "completion"]), ("chat", ["segments"]),
           ("chat", ["input_ids", "labels", "attention_mask"]), ("text", ["text"])]
