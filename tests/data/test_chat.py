@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from danlu.data import jinja
-from danlu.data.chat import Piece, Template, encode, render
+from danlu.data.chat import Piece, Template, encode, render, weighed
 from danlu.data.example import Turn, Unusable
 from danlu.data.tokenizer import BPE, Tokenizer, train
 from danlu.errors import ConfigError, DataError, SecurityError
@@ -272,6 +272,36 @@ def test_blanks_of_sentencepiece_after_special_tokens(tmp_path: Path, scheme: st
         if source == MISTRAL:
             assert "".join(piece.text for piece in pieces) == text
         assert encode(pieces, tokenizer)[0].tolist()[:len(ids)] == ids
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_chatml_is_saved_for_other_tools(own: tuple[Tokenizer, Any], bare: Tokenizer, tmp_path: Path, marked: bool) -> None:
+    tokenizer = own[0] if marked else bare
+    tokenizer.save(tmp_path)
+    built = template(tokenizer, None)
+    built.save(tmp_path)
+    hf = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    loaded = Template.load(tokenizer, tmp_path)
+    assert loaded.source and loaded.text != built.text
+    called = [Turn("system", "Help."), Turn("user", "天气?"), Turn("assistant", "", calls=(CALL, CALL)), Turn("tool", "a"),
+              Turn("tool", "b"), Turn("assistant", "Sun.", calls=(CALL,)), Turn("tool", "c"), Turn("assistant", "d")]
+    tool = {"type": "function", "function": {"name": "f"}}
+    for turns, tools, generate in ((TALK, [], False), (TALK[:1], [], True), (called, [tool], False), (called[1:], [tool], False),
+                                   ([Turn("system", "s"), *TALK], [], False)):
+        pieces = render(built, turns, tools, generate=generate)
+        text = "".join(piece.text for piece in pieces)
+        asked = {"tools": tools or None, "add_generation_prompt": generate}
+        assert hf.apply_chat_template(messages(turns), tokenize=False, **asked) == text
+        again = render(loaded, turns, tools, generate=generate)
+        assert [one.tolist() for one in encode(again, tokenizer)] == [one.tolist() for one in encode(pieces, tokenizer)]
+
+
+def test_which_turns_are_learned() -> None:
+    turns = [Turn("user", "a"), Turn("assistant", "b", 2.0), Turn("user", "c"), Turn("assistant", "d", spans=((0, 1, 0.0),)),
+             Turn("user", "e")]
+    assert weighed(turns, "answers") == tuple(turns)
+    assert [turn.weight for turn in weighed(turns, "last")] == [0.0, 0.0, 0.0, None, None]
+    assert [turn.weight for turn in weighed(turns, "all")] == [1.0, 2.0, 1.0, 1.0, 1.0]
 
 
 SAID = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
