@@ -156,14 +156,14 @@ def _begin(writer: Writer, page: Page, turns: Sequence[Turn], place: int) -> int
     """Return where the answer of a turn begins: at its mark, else where the template's own header for answers ends."""
     turn, found = turns[place], page.opens.get(place)
     if found is not None:
-        lead = turn.content[:page.leads.get(place, 0)]
-        return found - len(lead) if lead.strip() and page.text.endswith(lead, 0, found) else found
+        lead, before = turn.content[:page.leads.get(place, 0)].strip(), page.text[:found].rstrip()
+        return len(before) - len(lead) if lead and before.endswith(lead) else found      # <think> is learned too
     if place in page.later:
         return page.later[place]
     try:
         before = writer.plain(turns[:place], generate=True)
     except Unusable:
-        before = None
+        before = ""
     said = turn.content.rpartition("</think>")[2].strip()
     if not before or not page.text.startswith(before) or said not in page.text[len(before):]:
         raise _unclear(place)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from templates import CHATML, GENERATION, LLAMA3, MARKS, MISTRAL, QWEN, REAL, THINKING
 from transformers import PreTrainedTokenizerFast
 
 from danlu.data import jinja
@@ -19,111 +20,6 @@ from danlu.data.example import Turn, Unusable
 from danlu.data.tokenizer import BPE, Tokenizer, train
 from danlu.errors import ConfigError, DataError, SecurityError
 
-MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]",
-         "[TOOL_CALLS]", "<|end|>", "<|user|>", "<|assistant|>")
-CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-          "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-          "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-QWEN = """{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] }}
-    {%- else %}
-        {{- 'You are a helpful assistant.' }}
-    {%- endif %}
-    {{- "\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided with function signatures within <tools></tools> XML tags:\\n<tools>" }}
-    {%- for tool in tools %}
-        {{- "\\n" }}
-        {{- tool | tojson }}
-    {%- endfor %}
-    {{- "\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args-json-object>}\\n</tool_call><|im_end|>\\n" }}
-{%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>' + message.role }}
-        {%- if message.content %}
-            {{- '\\n' + message.content }}
-        {%- endif %}
-        {%- for tool_call in message.tool_calls %}
-            {%- if tool_call.function is defined %}
-                {%- set tool_call = tool_call.function %}
-            {%- endif %}
-            {{- '\\n<tool_call>\\n{"name": "' }}
-            {{- tool_call.name }}
-            {{- '", "arguments": ' }}
-            {{- tool_call.arguments | tojson }}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == "tool" %}
-        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
-            {{- '<|im_start|>user' }}
-        {%- endif %}
-        {{- '\\n<tool_response>\\n' }}
-        {{- message.content }}
-        {{- '\\n</tool_response>' }}
-        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
-            {{- '<|im_end|>\\n' }}
-        {%- endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""  # noqa: E501
-MISTRAL = ("{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set loop_messages = "
-           "messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}{%- for message in "
-           "loop_messages %}{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('After the "
-           "optional system message, conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif %}"
-           "{%- if message['role'] == 'user' %}{%- if loop.first and system_message is defined %}{{- ' [INST] ' + "
-           "system_message + '\n\n' + message['content'] + ' [/INST]' }}{%- else %}{{- ' [INST] ' + message['content'] + "
-           "' [/INST]' }}{%- endif %}{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content'] + eos_token}}"
-           "{%- endif %}{%- endfor %}")
-GENERATION = ("{%- for message in messages %}{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}"
-              "{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}{{- '\n' }}{%- else %}"
-              "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-              "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")
-PHI = ("{% for message in messages %}{% if message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
-       "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
-       "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
-THINKING = """{%- for message in messages %}
-    {%- set content = message.content %}
-    {%- if message.role == 'assistant' %}
-        {%- set reasoning = '' %}
-        {%- if '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {%- if loop.last and reasoning %}
-            {{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
-        {%- else %}
-            {{- '<|im_start|>assistant\\n' + content }}
-        {%- endif %}
-        {{- '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
-"""
-REAL = {"chatml": CHATML, "llama3": LLAMA3, "qwen": QWEN, "mistral": MISTRAL, "generation": GENERATION, "phi": PHI,
-        "thinking": THINKING}
 TALK = [Turn("user", "Hello, who are you?"), Turn("assistant", "A furnace."), Turn("user", "丹炉?"), Turn("assistant", "是的。")]
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tell <|im_end|> the weather", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}}}}
@@ -310,7 +206,7 @@ PART = SAID | st.sampled_from(
 CONTENT = st.lists(PART, min_size=1, max_size=4).map("".join)
 
 
-@pytest.mark.parametrize("name", [None, "chatml", "llama3", "qwen", "mistral", "generation", "phi"])
+@pytest.mark.parametrize("name", [None, *REAL])
 @given(said=st.lists(CONTENT, min_size=2, max_size=6))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nobody_can_say_a_special_token(own: tuple[Tokenizer, Any], name: str | None, said: list[str]) -> None:
@@ -330,7 +226,7 @@ def test_nobody_can_say_a_special_token(own: tuple[Tokenizer, Any], name: str | 
         mine = [piece for piece in pieces if piece.turn == place]
         assert mine[-1].special and mine[-1].weight == 1
         whole = "".join(piece.text for piece in mine if not piece.special)
-        assert whole.strip() == turns[place].content.strip()
+        assert name == "thinking" or whole.strip() == turns[place].content.strip()   # it leaves earlier thoughts out
 
 
 @given(said=st.lists(CONTENT, min_size=2, max_size=2))
@@ -338,7 +234,7 @@ def test_nobody_can_say_a_special_token(own: tuple[Tokenizer, Any], name: str | 
 def test_marked_text_is_the_text_of_transformers(own: tuple[Tokenizer, Any], said: list[str]) -> None:
     tokenizer, hf = own
     turns = [Turn("user", said[0]), Turn("assistant", said[1])]
-    for source in (LLAMA3, QWEN):
+    for source in (LLAMA3, QWEN, THINKING):
         try:
             pieces = render(template(tokenizer, source), turns)
         except DataError:
@@ -377,6 +273,11 @@ def test_thoughts_are_learned_where_the_template_keeps_them(own: tuple[Tokenizer
     pieces = render(template(tokenizer, THINKING), turns)
     assert "".join(p.text for p in pieces) == hf.apply_chat_template(messages(turns), chat_template=THINKING, tokenize=False)
     assert learned(pieces) == f"b<|im_end|>|{thought}d<|im_end|>"
+    none = "<think>\n\n</think>\n\n"
+    assert learned(render(template(tokenizer, THINKING), [turns[0], Turn("assistant", f"{none}b")])) == f"{none}b<|im_end|>"
+    called = [turns[0], Turn("assistant", thought, calls=(CALL,)), Turn("tool", "x"), turns[3]]
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京 <|im_end|>"}}\n</tool_call>'
+    assert learned(render(template(tokenizer, THINKING), called)) == f"{thought}{call}<|im_end|>|{thought}d<|im_end|>"
     off = render(template(tokenizer, THINKING), turns[:1], generate=True, variables={"enable_thinking": False})
     assert "".join(p.text for p in off).endswith("assistant\n<think>\n\n</think>\n\n")
 

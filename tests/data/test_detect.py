@@ -40,6 +40,9 @@ def test_columns_the_user_names() -> None:
     assert one(row, "label", text="body", label="kind") == Labelled(("b",), "k")
     assert one(row, "label", text="title", pair="body", label="kind") == Labelled(("t", "b"), "k")
     assert one({"0": "a", "1": "b", "2": "c", "3": "d"}, "label", text="2", label="0") == Labelled(("c",), "a")
+    assert one({"s": "a b", "t": "O O"}, "tags", text="s", label="t") == Tagged(("a", "b"), ("O", "O"))
+    assert one({"q": "a", "choices": ["x", "y"], "r": 1}, "choice", question="q", answer="r") == Chosen("a", ("x", "y"), 1)
+    assert one({"q": "a", "r": "b"}, "chat", question="q", answer="r") == Chat((U("a"), A("b")))
 
 
 def test_several_classes() -> None:
