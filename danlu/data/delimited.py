@@ -17,11 +17,12 @@ FIRST = 64                                          # rows that are looked at to
 NAME = re.compile(r"[^\W\d][\w .:/()\[\]-]{0,31}")   # what a column may be called; a sentence is longer
 LANGUAGE = re.compile(rb"[a-z]{2,3}(-[a-z]+)?:")
 SEPARATES = re.compile(rb"-DOCSTART-|# ?(id|sent_id|text|newdoc|newpar)\b")
+BIO = re.compile(rb"O|[BIESLUM][-_]\S+")
 COLUMNS = frozenset((
     "text", "text_a", "text_b", "label", "labels", "sentence", "sentence1", "sentence2", "premise", "hypothesis",
     "question", "question1", "question2", "answer", "answers", "context", "score", "tokens", "tags", "ner_tags", "idx",
     "id", "review", "content", "instruction", "input", "output", "query", "response", "prompt", "completion", "anchor",
-    "positive", "negative", "target", "category", "class", "sentiment", "title",
+    "target", "category", "class", "sentiment", "title",
     "文本", "标签", "类别", "内容", "评论", "问题", "答案"))
 
 
@@ -176,11 +177,9 @@ def headed(sample: Sequence[Sequence[str]]) -> bool:
     first, rest = [field.strip() for field in sample[0]], sample[1:]
     if len(set(first)) < len(first) or any(not field or len(field) > 64 or _number(field) for field in first):
         return False
-    if any(field.lower() in COLUMNS for field in first):
-        return True
     if any(row[place].strip() == field for row in rest for place, field in enumerate(first) if place < len(row)):
         return False
-    return all(NAME.fullmatch(field) for field in first)
+    return any(field.lower() in COLUMNS for field in first) or all(NAME.fullmatch(field) for field in first)
 
 
 def _number(field: str) -> bool:
@@ -243,4 +242,5 @@ def tagged(lines: bytes) -> bool:
     marks = [fields[-1] for fields in full]
     return (len(full) < len(sample) and len({len(fields) for fields in full}) == 1 and len(full[0]) > 1
             and not any(b" " in fields[0].strip() or b" " in fields[-1] for fields in full)
-            and max(map(len, marks)) <= 24 and len(set(marks)) <= max(2, len(marks) // 2))
+            and (all(BIO.fullmatch(mark) for mark in marks)
+                 or (max(map(len, marks)) <= 24 and len(set(marks)) <= max(2, len(marks) // 2))))

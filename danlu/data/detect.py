@@ -32,6 +32,13 @@ NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {   # the roles of each form, as
     "text": (("text",), ("ids",)),
 }
 
+SPELT = {"labels": "label", "answer": "answers", "text_a": "text", "text_b": "pair", "sentence1": "text", "sentence2": "pair"}
+SAID: dict[str, dict[str, str]] = {                 # roles as users may call them, by what is wanted
+    "score": {"label": "score"}, "tags": {"label": "tags", "text": "tokens"}, "answer": {"text": "context", "label": "answers"},
+    "choice": {"label": "choice", "answers": "choice", "question": "stem", "text": "stem"},
+    "chat": {"question": "query", "answers": "response"},
+}
+
 
 def reader(columns: Sequence[str], first: Sequence[Mapping[str, Any]], want: str, names: Mapping[str, str], *,
            unlabelled: bool = False) -> Reader:
@@ -41,7 +48,9 @@ def reader(columns: Sequence[str], first: Sequence[Mapping[str, Any]], want: str
     of each role that the user names; unlabelled: rows to be predicted, which need no label and no answer.  Raises
     DataError when the columns do not fit or are probably swapped.
     """
-    given = Columns(tuple(columns), tuple(first), dict(names), unlabelled)
+    plain = {SPELT.get(role, role): column for role, column in names.items()}
+    roles = {SAID.get(want, {}).get(role, role): column for role, column in plain.items()}
+    given = Columns(tuple(columns), tuple(first), roles, unlabelled)
     check(given)
     found = READERS[want](given)
     if found is None:

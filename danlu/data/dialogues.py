@@ -112,7 +112,8 @@ def _turn(one: Row, role: str, tag: str | None) -> Turn:
     reasoning = one.get("reasoning_content")
     if role == "assistant" and isinstance(reasoning, str) and reasoning:
         said = f"<think>\n{reasoning}\n</think>\n\n{said}"
-    return _weighted(one, role, said)._replace(calls=tuple(_call(call) for call in listed(one.get("tool_calls") or [], "tool_call")))
+    calls = listed(one.get("tool_calls") or [], "tool_call")
+    return _weighted(one, role, said)._replace(calls=tuple(_call(call) for call in calls))
 
 
 def _content(found: Any) -> str:

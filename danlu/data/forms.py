@@ -59,15 +59,19 @@ def _label_row(row: Row, *, parts: Sequence[str], target: str | None, read: Call
 
 
 def _bare_target(columns: Columns, role: str) -> str | None:
-    """Return the first or last column when its values are shorter than all texts: the class or score of a headless table."""
+    """Return the column of the class or score of a table without a header: the last or first, and the only one of numbers.
+
+    A class may also be the column whose values are shorter than all others.
+    """
     if len(columns.names) not in (2, 3) or not columns.first:
         return None
     ends = (columns.names[-1], columns.names[0])
+    numbers = [name for name in columns.names if all(_is_number(one) for one in columns.values(name))]
+    if len(numbers) == 1 and numbers[0] in ends:
+        return numbers[0]
     sizes = {name: short(columns.values(name)) for name in columns.names}
     found = min(ends, key=lambda name: sizes[name])
-    if any(sizes[found] >= sizes[name] for name in columns.names if name != found):
-        return None
-    return found if role == "label" or all(_is_number(one) for one in columns.values(found)) else None
+    return found if role == "label" and all(sizes[found] < sizes[name] for name in columns.names if name != found) else None
 
 
 def _is_number(found: Any) -> bool:

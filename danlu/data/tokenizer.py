@@ -94,10 +94,16 @@ class Tokenizer:
             self._refuse_leak(text, ids)
         return result
 
-    def encode_spans(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Return the ids of `text` [n] and the characters start:end that each stands for."""
-        found = self._data.encode(text, add_special_tokens=False)
-        return np.array(found.ids, np.int64), found.offsets
+    def encode_spans(self, text: str, *, inside: bool = False) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Return the ids of `text` [n] and the characters start:end that each stands for.
+
+        `inside`: the text stands after a special token, where some tokenizers put no blank before its first word.
+        """
+        found = (self._inner if inside else self._data).encode(text, add_special_tokens=False)
+        ids = np.array(found.ids, np.int64)
+        if self._leaks.size:
+            self._refuse_leak(text, ids)
+        return ids, found.offsets
 
     def frame(self, ids: np.ndarray) -> np.ndarray:
         """Return the ids of a document: with bos before and eos after where this tokenizer adds them."""
@@ -152,6 +158,20 @@ class Tokenizer:
         """Return the id of a token given as the vocabulary spells it, None when there is none."""
         found: int | None = self.raw.token_to_id(token)
         return found
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The spellings of the special tokens, but for unk, which stands for nothing that one could write."""
+        return tuple(sorted(t for i in self._special_ids() - self._unknown() if (t := self.raw.id_to_token(i))))
+
+    @cached_property
+    def _inner(self) -> Raw:
+        """The rules for data that does not begin a text: a blank that only the first word gets is left out."""
+        own: str = self._data.to_str()
+        other = own.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        raw = self._data if other == own else Raw.from_str(other)
+        raw.encode_special_tokens = True
+        return raw
 
     @cached_property
     def pieces(self) -> list[bytes]:
