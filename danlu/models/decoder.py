@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from danlu.models.names import THEIRS, Name, rows, task_names
 from danlu.nn import attention, head, placed
 from danlu.nn.cache import Cache, Past
 from danlu.nn.collective import Span, Strip, numbered
+from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation
 from danlu.nn.norm import RMSNorm
 from danlu.nn.paths import Choice
@@ -217,8 +217,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, see: attention.Sight, rotary: tuple[Tensor, Tensor] | None = None,
                 past: Past | None = None) -> Tensor:
         """Return x [B, T, D] with what this block adds to it."""
-        x = x + F.dropout(self.attention(self.norm1(x), see, rotary=rotary, past=past), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        x = x + dropout(self.attention(self.norm1(x), see, rotary=rotary, past=past), self.dropout, self.training)
+        return x + dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
 
 def _norm(cfg: Decoder) -> nn.Module:
@@ -274,7 +274,7 @@ class DecoderModel(nn.Module):
         x = self.embed(ids)
         if self.position is not None:
             x = x + self.position(self._places(tokens, ids.device, positions, past))
-        return self.strip.cut(F.dropout(x, cfg.dropout, self.training))
+        return self.strip.cut(dropout(x, cfg.dropout, self.training))
 
     def through(self, x: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
         """Return what the last block makes of x [B, T, D]."""

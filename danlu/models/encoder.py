@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from danlu.errors import IncompatibleError
 from danlu.models.names import Name, rows, task_names
 from danlu.nn import attention, head, placed
 from danlu.nn.collective import Span, Strip, numbered
+from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation, activate
 from danlu.nn.paths import Choice
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
@@ -179,8 +179,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, see: attention.Sight) -> Tensor:
         """Return the next x [B, T, D]."""
-        x = self.norm1(x + F.dropout(self.attention(x, see), self.dropout, self.training))
-        return self.norm2(x + F.dropout(self.mlp(x), self.dropout, self.training))      # type: ignore[no-any-return]
+        x = self.norm1(x + dropout(self.attention(x, see), self.dropout, self.training))
+        return self.norm2(x + dropout(self.mlp(x), self.dropout, self.training))      # type: ignore[no-any-return]
 
 
 class MaskedHead(nn.Module):
@@ -247,7 +247,7 @@ class EncoderModel(nn.Module):
             positions = torch.arange(tokens, device=ids.device)[None] if self.span is None else self.span.mine[None]    # [1, T]
         x = self.embed(ids) + self.position(positions + self.first)
         x = x + (self.types.weight[0] if types is None else self.types(types))
-        return self.strip.cut(F.dropout(self.embed_norm(x), cfg.dropout, self.training))
+        return self.strip.cut(dropout(self.embed_norm(x), cfg.dropout, self.training))
 
     def through(self, x: Tensor, segments: Tensor | None) -> Tensor:
         """Return what the last block makes of x [B, T, D]."""

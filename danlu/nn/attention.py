@@ -153,7 +153,7 @@ class Blocks(torch.autograd.Function):
                 p = torch.softmax(scores, -1)                               # [B*G, R*t, s]
                 seen = p
                 if dropout > 0:
-                    drop = torch.empty_like(p).bernoulli_(1 - dropout).div_(1 - dropout)
+                    drop = mask(p, dropout) if p.device.type == "cpu" else F.dropout(torch.ones_like(p), dropout)
                     seen = p * drop
                     keep.append(drop)
                 keep.append(p)

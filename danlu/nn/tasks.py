@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from danlu.config import Model
+from danlu.nn.drop import dropout
 from danlu.words import _
 
 Kind = Literal["classify", "tag", "answer", "choose", "embed"]
@@ -62,8 +62,8 @@ class TaskHead(nn.Module):
         if self.out is None:
             return x
         if self.dense is not None:
-            x = torch.tanh(self.dense(F.dropout(x, self.dropout, self.training)))
-        return self.out(F.dropout(x, self.dropout, self.training))      # type: ignore[no-any-return]
+            x = torch.tanh(self.dense(dropout(x, self.dropout, self.training)))
+        return self.out(dropout(x, self.dropout, self.training))      # type: ignore[no-any-return]
 
 
 def pooled(x: Tensor, segments: Tensor | None, stretches: int) -> Tensor:

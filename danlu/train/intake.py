@@ -85,8 +85,8 @@ class Maker:
         run, by = self.run, self.by
         stamp = [[f.path, f.size, f.mtime] for f in resolve([item])]
         settings = {"want": run.objective.wants, "names": names, "length": by.length, "overlong": by.overlong,
-                    "share": self.share, "seed": run.seed, "labels": by.labels, "learn": by.learn, "tokenizer": by.tokenizer.sha256,
-                    "template": by.template.text if by.template is not None else None}
+                    "share": self.share, "seed": run.seed, "labels": by.labels, "learn": by.learn,
+                    "tokenizer": by.tokenizer.sha256, "template": by.template.text if by.template is not None else None}
         key = files.digest({"files": stamp, "input": item.model_dump(mode="json"), **settings})
         folder = run.out / "data" / f"{Path(source.path.partition('#')[0]).stem or 'rows'}-{key[:12]}"
         if (folder / "manifest.json").is_file():
