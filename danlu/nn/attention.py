@@ -15,9 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from danlu.nn.cache import Past
 from danlu.nn.collective import Span
+from danlu.nn.drop import mask
 from danlu.nn.norm import RMSNorm
 from danlu.nn.position import rotate
 
+DROPPED = 1 << 24       # probabilities that are kept where dropout goes by the "plain" path in place of "sdpa"
 BLOCK = 128     # queries in a block of the "block" path: larger ones compute more of what the causal mask throws away
 
 
@@ -115,6 +117,8 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: float = 0.0) -> Tensor:
     """Return softmax(q·k/sqrt(K) under `see`)·v [B, T, H, K] by the path.  q [B, T, H, K]; k, v [B, S, G, K]."""
+    if path == "sdpa" and dropout > 0 and q.device.type == "cpu" and q[..., 0].numel() * k.shape[1] <= DROPPED:
+        path = "plain"                                          # PyTorch has no fused kernel with dropout there
     if path == "sdpa":
         return _sdpa(q, k, v, see, dropout)
     block = {"plain": q.shape[1], "block": BLOCK}[path]
