@@ -50,6 +50,7 @@ def _verbs() -> dict[str, Verb]:
         "doctor": Verb("danlu.doctor", _("what this machine and installation can do"), _doctor),
         "config": Verb("danlu.verbs.config", _("the schema of a recipe, or a check of one"), _config, recipe=True,
                        options=_config_options),
+        "import-config": Verb("danlu.verbs.import_config", _("another tool's YAML file to a recipe, line by line"), _import_config),
         "version": Verb("danlu.verbs.version", _("the version"), lambda parser: None),
     }
 
@@ -300,6 +301,13 @@ def _ckpt(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--security", action="store_true", help=_("what is exposed"))
+
+
+def _import_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help=_("the YAML file"))
+    parser.add_argument("--from", dest="tool", required=True, choices=["llamafactory", "axolotl", "trl"],
+                        help=_("the tool it is written for"))
+    parser.add_argument("--out", type=Path, help=_("write the recipe here (default: print it)"))
 
 
 def _config(parser: argparse.ArgumentParser) -> None:
