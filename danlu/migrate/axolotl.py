@@ -22,7 +22,8 @@ DETAILS: dict[str, tuple[Any, ...]] = {                  # of a data set: what i
     "field_messages": ("messages", "conversations", "conversation"), "field_tools": ("tools",), "field": ("text",),
     "message_field_role": ("role", "from"), "message_field_content": ("content", "value"),
     "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
-    "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"], ["assistant", "gpt"]), "train_on_eos": ("turn", "all", "last"),
+    "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"], ["assistant", "gpt"]),
+    "train_on_eos": ("turn", "all", "last"),
     "roles": ({"user": ["human", "user"], "assistant": ["gpt", "assistant"], "system": ["system"], "tool": ["tool"]},
               {"assistant": ["gpt", "assistant"], "user": ["human", "user"]}, {"assistant": ["gpt"], "user": ["human"]},
               {"user": ["user"], "assistant": ["assistant"]}),
@@ -140,7 +141,8 @@ def special(name: str, value: Any, given: Given) -> Said:
 
 def data() -> Table:
     """Return the rules of what is learned from."""
-    tokens, read = _("new tokens are not added; give a folder whose tokenizer has them"), _("files are read in pieces, by all cores")
+    tokens = _("new tokens are not added; give a folder whose tokenizer has them")
+    read = _("files are read in pieces, by all cores")
     return {
         "datasets": datasets("data"), "test_datasets": datasets("eval"), "pretraining_dataset": datasets("data"),
         "sequence_len": length, "sample_packing": to("pack", note=_("texts in one row are isolated from each other")),
@@ -184,9 +186,12 @@ def parts() -> Table:
                          "peft_init_lora_weights", "peft_trainable_token_indices", "peft", "relora", "unfrozen_parameters"),
                         off(_("not translated; see `adapt` in `danlu config schema`"), essential=True, also=(True,))),
         "loraplus_lr_ratio": off(_("see `adapt` in `danlu config schema`")),
-        **dict.fromkeys(("load_in_8bit", "load_in_4bit", "gptq"), off(_("the base keeps its own precision: more memory is needed"))),
-        **dict.fromkeys(("loraplus_lr_embedding", "lora_fan_in_fan_out", "lora_on_cpu", "qlora_sharded_model_loading", "merge_lora",
-                         "bnb_config_kwargs", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "peft_autocast_adapter_dtype",
+        **dict.fromkeys(("load_in_8bit", "load_in_4bit", "gptq"),
+                        off(_("the base keeps its own precision: more memory is needed"))),
+        **dict.fromkeys(("loraplus_lr_embedding", "lora_fan_in_fan_out", "lora_on_cpu", "qlora_sharded_model_loading",
+                         "merge_lora",
+                         "bnb_config_kwargs", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
+                         "peft_autocast_adapter_dtype",
                          "relora_prune_ratio", "relora_cpu_offload"), needless(_("of no effect here"))),
         **dict.fromkeys(("rl", "reward_model", "process_reward_model"), off(reward, essential=True)),
         **dict.fromkeys(("trl", "vllm", "dpo_use_weighting", "orpo_alpha", "rpo_alpha", "simpo_gamma", "cpo_alpha", "rl_beta",
@@ -201,8 +206,10 @@ def parts() -> Table:
                          "is_qwen_derived_model", "is_falcon_derived_model", "low_cpu_mem_usage", "device_map", "max_memory",
                          "gpu_memory_limit", "embeddings_skip_upcast"), needless(_("read from the model's folder"))),
         **dict.fromkeys(("xformers_attention", "sdp_attention", "flex_attention", "flash_attention", "flash_attn_cross_entropy",
-                         "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "eager_attention", "attn_implementation",
-                         "unsloth_cross_entropy_loss", "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o", "unsloth_rms_norm",
+                         "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "eager_attention",
+                         "attn_implementation",
+                         "unsloth_cross_entropy_loss", "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o",
+                         "unsloth_rms_norm",
                          "unsloth_rope", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
                          "liger_fused_linear_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy"), needless(kernels)),
         "s2_attention": off(_("attention is always whole"), essential=True), "use_pose": off(_("not here"), essential=True),
@@ -219,7 +226,8 @@ def training() -> Table:
     """Return the rules that differ from the Trainer's, of the same or other names."""
     return {
         "micro_batch_size": to("micro_rows"), "batch_size": batch, "num_epochs": trainer.epochs, "optimizer": trainer.optimizer,
-        "lr_scheduler": trainer.schedule, "cosine_min_lr_ratio": to("schedule.floor"), "early_stopping_patience": to("stop.patience"),
+        "lr_scheduler": trainer.schedule, "cosine_min_lr_ratio": to("schedule.floor"),
+        "early_stopping_patience": to("stop.patience"),
         "eval_batch_size": needless(_("evaluation takes what fits; its size changes nothing")),
         "evals_per_epoch": per_epoch("every.evaluate"), "saves_per_epoch": per_epoch("every.save"),
         "eval_steps": trainer.every("every.evaluate", "eval_strategy", "steps"),
@@ -229,11 +237,15 @@ def training() -> Table:
         **dict.fromkeys(("lr_quadratic_warmup", "cosine_constant_lr_ratio", "lr_groups", "embedding_lr", "embedding_lr_scale",
                          "adam_epsilon2", "adam_beta3"), off(_("not here; leave it out"), essential=True)),
         "auto_resume_from_checkpoints": needless(_("a run goes on from the newest good checkpoint of its folder")),
-        "use_tensorboard": lambda name, value, given: Said("translated", {"trackers": ["tensorboard"]}) if value else Said("default"),
-        **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode",
-                         "use_wandb", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "use_comet", "comet_project_name",
+        "use_tensorboard": lambda name, value,
+        given: Said("translated", {"trackers": ["tensorboard"]}) if value else Said("default"),
+        **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model",
+                         "wandb_mode",
+                         "use_wandb", "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "use_comet",
+                         "comet_project_name",
                          "hf_mlflow_log_artifacts"), off(_("metrics.jsonl and TensorBoard only"))),
-        **dict.fromkeys(("strict", "axolotl_config_path", "is_preprocess", "device", "world_size", "ddp", "gc_steps", "profiler_steps",
+        **dict.fromkeys(("strict", "axolotl_config_path", "is_preprocess", "device", "world_size", "ddp", "gc_steps",
+                         "profiler_steps",
                          "total_num_tokens", "include_tokens_per_second", "experimental_skip_move_to_device", "gradio_title"),
                         needless(_("of no effect here"))),
         **dict.fromkeys(("loss_watchdog_threshold", "loss_watchdog_patience"), needless(

@@ -22,7 +22,8 @@ def stage(name: str, value: Any, given: Given) -> Said:
     """Translate the stage: both that learn from text are one objective."""
     if value in ("pt", "sft", None):
         return Said("translated", {"objective.kind": "causal_lm"})
-    return Said("unsupported", note=_("learning from preferences or rewards is not here yet; stages pt and sft are"), essential=True)
+    return Said("unsupported", note=_("learning from preferences or rewards is not here yet; stages pt and sft are"),
+                essential=True)
 
 
 def method(name: str, value: Any, given: Given) -> Said:
@@ -160,7 +161,8 @@ def adapters() -> Table:
         "stage": stage, "finetuning_type": method, "lora_rank": lora(to("adapt.rank")), "lora_alpha": lora(alpha),
         "lora_dropout": lora(to("adapt.dropout", unset=(None, 0, 0.0))), "lora_target": lora(target),
         "use_rslora": lora(to("adapt.rslora", unset=(None, False))), "use_dora": lora(to("adapt.dora", unset=(None, False))),
-        "additional_target": off(_("layers trained whole beside LoRA are not translated; name them under `adapt`"), essential=True),
+        "additional_target": off(_("layers trained whole beside LoRA are not translated; name them under `adapt`"),
+                                 essential=True),
         **dict.fromkeys(("loraplus_lr_ratio", "pissa_init"), off(_("see `adapt` in `danlu config schema`"))),
         **dict.fromkeys(("loraplus_lr_embedding", "pissa_iter", "pissa_convert"), needless(_("of no effect alone"))),
         "create_new_adapter": off(_("one adapter is trained at a time"), essential=True),
@@ -172,13 +174,16 @@ def adapters() -> Table:
                          "ppo_whiten_rewards", "ref_model", "ref_model_adapters", "ref_model_quantization_bit", "reward_model",
                          "reward_model_adapters", "reward_model_quantization_bit", "reward_model_type", "ld_alpha"),
                         needless(reward)),
-        **dict.fromkeys(("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_llama_pro", "use_mca"), off(low, essential=True)),
+        **dict.fromkeys(("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_llama_pro", "use_mca"),
+                        off(low, essential=True)),
         "use_muon": picked("optim.kind", {True: "muon", False: "adamw"}, why=low),
-        "use_dft_loss": off(_("this loss is not here"), essential=True), "use_asft_loss": off(_("this loss is not here"), essential=True),
+        "use_dft_loss": off(_("this loss is not here"), essential=True),
+        "use_asft_loss": off(_("this loss is not here"), essential=True),
         "use_eaft_loss": off(_("this loss is not here"), essential=True), "pure_bf16": off(_("weights stay in fp32")),
         "disable_shuffling": off(_("rows always come in an order drawn from the seed")),
         "early_stopping_steps": to("stop.patience"), "plot_loss": to("report"),
-        "compute_accuracy": off(_("held-out loss is measured")), "include_effective_tokens_per_second": needless(_("always told")),
+        "compute_accuracy": off(_("held-out loss is measured")),
+        "include_effective_tokens_per_second": needless(_("always told")),
     }
 
 
@@ -196,7 +201,8 @@ def model() -> Table:
         "init_special_tokens": needless(tokens), "split_special_tokens": off(_("special tokens are never split")),
         "quantization_bit": off(_("the base keeps its own precision: more memory is needed")),
         "train_from_scratch": off(_("describe the model under `model` in place of `start`"), essential=True),
-        "mixture_of_depths": off(_("not here"), essential=True), "shift_attn": off(_("attention is always whole"), essential=True),
+        "mixture_of_depths": off(_("not here"), essential=True),
+        "shift_attn": off(_("attention is always whole"), essential=True),
         "disable_gradient_checkpointing": needless(_("recompute=full turns it on")),
         "moe_aux_loss_coef": off(_("mixtures of experts are not here")), "fp8": off(_("bf16 and fp16 only")),
         **dict.fromkeys(("cache_dir", "use_fast_tokenizer", "low_cpu_mem_usage", "flash_attn", "use_unsloth", "use_unsloth_gc",

@@ -58,7 +58,8 @@ def warmup(name: str, value: Any, given: Given) -> Said:
     if name == "warmup_ratio" and given.get("warmup_steps", 0):
         return Said("default", note=_("warmup_steps is given too, and wins"))
     if (value >= 1 and value != int(value)) or (name == "warmup_ratio" and value >= 1):
-        return Said("unsupported", note=_("{value} is neither whole steps nor a share below 1").format(value=value), essential=True)
+        return Said("unsupported", note=_("{value} is neither whole steps nor a share below 1").format(value=value),
+                    essential=True)
     return said(name, value, {"schedule.warmup": int(value) if value >= 1 else float(value)})
 
 
@@ -151,7 +152,7 @@ def trackers(name: str, value: Any, given: Given) -> Said:
 
 def betas(name: str, value: Any, given: Given) -> Said:
     """Translate one of Adam's two decays; the other is theirs or their default."""
-    return Said("translated", {f"optim.betas.{0 if name == 'adam_beta1' else 1}": value}) if value is not None else Said("default")
+    return Said("default") if value is None else Said("translated", {f"optim.betas.{int(name == 'adam_beta2')}": value})
 
 
 def best(name: str, value: Any, given: Given) -> Said:
@@ -168,7 +169,7 @@ def resume(name: str, value: Any, given: Given) -> Said:
         return Said("default", note=_("a run goes on from the newest good checkpoint of its folder"))
     if value is False:
         return said(name, value, {"resume": False})
-    return Said("unsupported", note=_("their checkpoints cannot be resumed; give the folder as `start` to begin from its weights"),
+    return Said("unsupported", note=_("their checkpoints cannot be resumed; give the folder as `start` to begin from it"),
                 essential=True)
 
 
@@ -180,8 +181,8 @@ def sharding(name: str, value: Any, given: Given) -> Said:
     kind = "grads" if any(word in text for word in ("z2", "zero2", "zero-2", "shard_grad_op", "'stage': 2")) else (
         "none" if any(word in text for word in ("z0", "z1", "zero1", "no_shard")) else "full")
     shard = "" if kind == "none" else f" layout.shard={kind}"
-    return Said("unsupported", note=_("how many devices there are is not in this file; add layout.dp=N{shard}, N the devices").format(
-        shard=shard))
+    note = _("how many devices there are is not in this file; add layout.dp=N{shard}, N the devices").format(shard=shard)
+    return Said("unsupported", note=note)
 
 
 OFF_ZERO: tuple[Any, ...] = (None, False, "", [], {})
@@ -223,12 +224,15 @@ def occasions() -> Table:
     quiet, hub = _("the live line and metrics.jsonl say it"), _("nothing is sent to a hub; upload the checkpoint folder yourself")
     whole = _("evaluation sums on the device; nothing is gathered")
     return {
-        "logging_strategy": moment("every.log", "logging_steps", 500), "logging_steps": every("every.log", "logging_strategy", "steps"),
-        **dict.fromkeys(("logging_first_step", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm", "logging_dir",
+        "logging_strategy": moment("every.log", "logging_steps", 500),
+        "logging_steps": every("every.log", "logging_strategy", "steps"),
+        **dict.fromkeys(("logging_first_step", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm",
+                         "logging_dir",
                          "include_num_input_tokens_seen", "skip_memory_metrics", "run_name", "project"), needless(quiet)),
         "logging_nan_inf_filter": plain(True, False, why="", note=_("bad numbers are written down, and the guard stops the run")),
         "report_to": trackers, **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), off(hub)),
-        "eval_strategy": moment("every.evaluate", "eval_steps", None), "eval_steps": every("every.evaluate", "eval_strategy", "no"),
+        "eval_strategy": moment("every.evaluate", "eval_steps", None),
+        "eval_steps": every("every.evaluate", "eval_strategy", "no"),
         "evaluation_strategy": moment("every.evaluate", "eval_steps", None),
         "eval_delay": off(_("evaluation begins at the start")), "eval_on_start": needless(_("always done")),
         "per_device_eval_batch_size": needless(_("evaluation takes what fits; its size changes nothing")),
@@ -240,7 +244,8 @@ def occasions() -> Table:
         **dict.fromkeys(("save_on_each_node", "enable_jit_checkpoint", "overwrite_output_dir"),
                         needless(_("checkpoints are written once, whole, and never over others"))),
         "save_safetensors": plain(True, why=_("weights are always safetensors")),
-        **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_always_push", "hub_revision"), off(hub)),
+        **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_always_push", "hub_revision"),
+                        off(hub)),
         "hub_strategy": needless(hub),
         "load_best_model_at_end": needless(_("the best checkpoint is kept, and verbs that take a run folder say which they use")),
         "metric_for_best_model": best, "greater_is_better": needless(_("known by the metric's name")),
@@ -250,7 +255,8 @@ def occasions() -> Table:
 
 def machinery() -> Table:
     """Return the rules of data loading, processes and the rest."""
-    loader, ddp = _("batches are made by this program's own reader"), _("processes are started and watched by `layout` and `guard`")
+    loader = _("batches are made by this program's own reader")
+    ddp = _("processes are started and watched by `layout` and `guard`")
     return {
         "seed": to("seed"), "data_seed": off(_("one seed draws everything; set seed")), "full_determinism": needless(
             _("runs repeat to the bit on one machine, with `threads` set")),
@@ -266,7 +272,8 @@ def machinery() -> Table:
                          "ddp_backend", "ddp_timeout", "local_rank", "accelerator_config"), needless(ddp)),
         "parallelism_config": off(_("say it under `layout`")), "fsdp": sharding, "fsdp_config": needless(_("see fsdp")),
         "deepspeed": sharding, "debug": off(_("--debug shows tracebacks")),
-        "do_train": plain(True, why=_("this file does not train: danlu eval and danlu generate do what it asks for"), essential=True),
+        "do_train": plain(True, why=_("this file does not train: danlu eval and danlu generate do what it asks for"),
+                          essential=True),
         "do_eval": needless(_("evaluation runs wherever rows are held out")),
         "do_predict": off(_("danlu generate, or danlu eval --samples, after training")),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -74,7 +75,8 @@ def apply(rule: Rule | None, name: str, value: Any, given: Given, where: str) ->
     try:
         return rule(name, value, given) if rule is not None else None
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ConfigError(_("the value of {key} is not one this key can have: {value}").format(key=name, value=shown(name, value)),
+        raise ConfigError(_("the value of {key} is not one this key can have: {value}").format(key=name,
+                                                                                               value=shown(name, value)),
                           where=where) from error
 
 
@@ -101,7 +103,7 @@ def stretches(entries: list[Entry], text: list[str]) -> list[Entry]:
     """Return the entries with their last lines: up to the next entry, without the blank lines and comments before it."""
     starts = sorted({entry.first or 0 for entry in entries} | {len(text) + 1})
     ends = {}
-    for start, following in zip(starts, starts[1:], strict=False):
+    for start, following in itertools.pairwise(starts):
         last = following - 1
         while last > start and (not text[last - 1].strip() or text[last - 1].lstrip().startswith("#")):
             last -= 1
@@ -135,7 +137,8 @@ def wanting(flat: dict[str, Any], entries: list[Entry], path: Path) -> Iterator[
                       ("length", _("the length of a row"))):
         told = {"data": {"dataset", "dataset_name", *SETS}, "length": {"max_length"}}.get(key, set())
         if key not in flat and not any(entry.key in told and entry.essential for entry in entries):
-            yield Entry(None, None, "", None, "unsupported", {}, _("{key}: the file names no {what}").format(key=key, what=what), True)
+            yield Entry(None, None, "", None, "unsupported", {}, _("{key}: the file names no {what}").format(key=key, what=what),
+                        True)
 
 
 def merge(flat: dict[str, Any], ours: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ LORA: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "l
 def place(path: str, given: Given) -> str:
     """Return a local path as it is, and the name of a hub data set as hf://name."""
     here = path.startswith((".", "/", "~")) or Path(path).exists() or (given.folder / path).exists() or "://" in path
-    return path if here or path.count("/") != 1 or Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet") else f"hf://{path}"
+    return path if here or path.count("/") != 1 or Path(path).suffix in (".json", ".jsonl", ".csv",
+                                                                         ".parquet") else f"hf://{path}"
 
 
 def dataset(name: str, value: Any, given: Given) -> Said:
@@ -27,7 +28,8 @@ def dataset(name: str, value: Any, given: Given) -> Said:
         return Said("default", note=_("not set"))
     one = {"path": place(str(value), given)}
     if given.get("dataset_config"):
-        return Said("unsupported", {"data": [one]}, _("a configuration of the data set is not chosen here; give its files"), essential=True)
+        return Said("unsupported", {"data": [one]}, _("a configuration of the data set is not chosen here; give its files"),
+                    essential=True)
     ours: dict[str, Any] = {"data": [one]}
     if given.get("eval_strategy", "no") != "no":
         ours["eval"] = [one | {"split": "test"}]
@@ -76,13 +78,14 @@ def target(name: str, value: Any, given: Given) -> Said:
 
 def peft(name: str, value: Any, given: Given) -> Said:
     """Translate LoRA on or off."""
-    return Said("translated", {"adapt.kind": "lora"}) if value else Said("default", note=_("without `adapt` every weight is trained"))
+    return Said("translated", {"adapt.kind": "lora"}) if value else Said("default",
+                                                                         note=_("without `adapt` every weight is trained"))
 
 
 def assistant(name: str, value: Any, given: Given) -> Said:
     """Say what is learned of a conversation: theirs is every turn unless told otherwise, ours the assistant's."""
     return Said("default") if value else Said("unsupported", note=_(
-        "on chat rows TRL learns every token, and this program the assistant's; mark turns with \"loss\": true in the data for that"))
+        "on chat rows TRL learns every token, and this program the assistant's; mark turns with \"loss\": true for that"))
 
 
 def text(name: str, value: Any, given: Given) -> Said:
@@ -124,7 +127,8 @@ def model() -> Table:
     return {
         "model_name_or_path": to("start"), "model_revision": plain(
             "main", why=_("download that revision, and give its folder as `start`"), essential=True),
-        **dict.fromkeys(("dtype", "torch_dtype"), needless(_("weights are trained in fp32; `precision` is that of the computation"))),
+        **dict.fromkeys(("dtype", "torch_dtype"),
+                        needless(_("weights are trained in fp32; `precision` is that of the computation"))),
         "attn_implementation": needless(_("kernels are chosen by `paths`")), "use_peft": peft,
         "lora_r": lora(to("adapt.rank")), "lora_alpha": lora(to("adapt.alpha")), "lora_dropout": lora(to("adapt.dropout")),
         "lora_target_modules": lora(target),
