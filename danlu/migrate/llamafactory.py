@@ -72,7 +72,8 @@ def dataset(key: str) -> Rule:
     def rule(name: str, value: Any, given: Given) -> Said:
         if not listed(value):
             return Said("default", note=_("not set"))
-        found, wrong, notes = [], [], []
+        found: list[dict[str, Any]] = []
+        wrong, notes = [], []
         for each in listed(value):
             path, problem, note = find(str(each), given)
             found += [{"path": path}] if path else []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from danlu import config, yamls
+from danlu import chance, config, yamls
 from danlu.config import Model
 from danlu.errors import ConfigError
 from danlu.train.recipe import Run
@@ -139,6 +141,14 @@ def check(space: Mapping[str, Axis], file: Path, overrides: Sequence[str]) -> Ru
                 raise ConfigError(_("{key}={value} cannot be: {why}").format(key=key, value=value, why=error),
                                   where="--search") from None
     return run
+
+
+def points(space: Mapping[str, Axis], seed: int) -> list[dict[str, Any]]:
+    """Return every point of the grid, in an order drawn from the seed."""
+    axes = grid(space)
+    found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    random.Random(chance.torch_seed(seed, "grid")).shuffle(found)
+    return found
 
 
 def grid(space: Mapping[str, Axis]) -> dict[str, list[Any]]:

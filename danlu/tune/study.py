@@ -79,7 +79,7 @@ def study(job: Job, limits: Limits) -> list[FrozenTrial]:
         made = opened(job, limits.trials)
         total = limits.trials
         if job.search.sampler == "grid":
-            total = min(total, math.prod(len(values) for values in spaces.grid(job.axes).values()))
+            total = min(total, len(spaces.points(job.axes, job.search.seed)))
         began = time.monotonic()
         with listening() as asked:
             while over(made) < total and not (limits.seconds is not None and time.monotonic() - began >= limits.seconds):
@@ -141,8 +141,6 @@ def mend(path: Path) -> None:
 def sampler(job: Job, number: int) -> optuna.samplers.BaseSampler:
     """Return what draws the values of trial `number`: a function of the seed, the number and the trials before it."""
     seed = chance.torch_seed(job.search.seed, "tune", (number,)) % 2**32
-    if job.search.sampler == "grid":                     # its numbering of the points hangs on the seed
-        return optuna.samplers.GridSampler(spaces.grid(job.axes), seed=job.search.seed % 2**32)
     return optuna.samplers.TPESampler(seed=seed) if job.search.sampler == "tpe" else optuna.samplers.RandomSampler(seed=seed)
 
 
@@ -171,9 +169,7 @@ def over(made: optuna.Study) -> int:
 
 def one(job: Job, made: optuna.Study, total: int, asked: Asked) -> None:
     """Make one trial, or finish the one that was left; tell the study what came of it."""
-    left = made.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    made.sampler = sampler(job, left[0].number if left else len(made.get_trials(deepcopy=False)))
-    trial = Trial(made, left[0]._trial_id) if left else made.ask()
+    trial = begun(job, made)
     values = {key: suggest(trial, key, axis) for key, axis in job.axes.items()}
     folder = job.out / trials.name(trial.number)
     say(_("trial {n} of {total}: {values}").format(n=trial.number + 1, total=total, values=", ".join(spaces.words(values))))
@@ -189,12 +185,27 @@ def one(job: Job, made: optuna.Study, total: int, asked: Asked) -> None:
                     return True
         return False
 
-    ended = trials.run([str(job.file), *job.overrides, *spaces.words(values), f"out={folder}"], folder, hopeless=hopeless,
+    ended = trials.run([str(job.file), *job.overrides, *spaces.words(values), f"out={folder}", "resume=true"], folder,
+                       hopeless=hopeless,
                        asked=asked)
     if asked.signal and ended.code != 0:
         return                                           # it goes on when the study does
     trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
     tell(job, made, trial, ended, tail)
+
+
+def begun(job: Job, made: optuna.Study) -> Trial:
+    """Return the trial that was left under way, or a new one: of a grid its next point, else what the sampler draws."""
+    found = made.get_trials(deepcopy=False)
+    left = [each for each in found if each.state == TrialState.RUNNING]
+    waiting = [each for each in found if each.state == TrialState.WAITING]
+    number = left[0].number if left else len(found) - len(waiting)
+    made.sampler = sampler(job, number)
+    if left:
+        return Trial(made, left[0]._trial_id)
+    if job.search.sampler == "grid" and not waiting:     # Optuna's own grid can only be walked by its own loop
+        made.enqueue_trial(spaces.points(job.axes, job.search.seed)[number])
+    return made.ask()
 
 
 def tell(job: Job, made: optuna.Study, trial: Trial, ended: trials.Ended, tail: trials.Tail) -> None:
