@@ -96,14 +96,14 @@ def text(name: str, value: Any, given: Given) -> Said:
 
 def own() -> Table:
     """Return the rules of SFTConfig's own fields."""
-    tokens = _("set it in tokenizer_config.json of the model's folder")
+    tokens = _("chat turns end as the template says; for other rows set it in tokenizer_config.json of the model's folder")
     return {
         "model_init_kwargs": off(_("how a model is loaded is decided here"), essential=True),
         "trust_remote_code": off(_("code of a model's folder is never run")),
         "router_aux_loss_coef": off(_("mixtures of experts are not here")),
         "chat_template_path": off(_("put the template into the model's folder as chat_template.jinja"), essential=True),
         "dataset_text_field": text, "dataset_kwargs": off(_("rows are read by their columns"), essential=True),
-        "dataset_num_proc": needless(_("files are read in pieces, by all cores")), "eos_token": off(tokens, essential=True),
+        "dataset_num_proc": needless(_("files are read in pieces, by all cores")), "eos_token": off(tokens),
         "pad_token": needless(_("padding is never learned from")), "max_length": length,
         "truncation_mode": plain("keep_start", why=_("overlong=cut keeps the start")),
         "shuffle_dataset": needless(_("rows always come in an order drawn from the seed")), "packing": to("pack"),
