@@ -145,7 +145,7 @@ def data() -> Table:
     read = _("files are read in pieces, by all cores")
     return {
         "datasets": datasets("data"), "test_datasets": datasets("eval"), "pretraining_dataset": datasets("data"),
-        "sequence_len": length, "sample_packing": to("pack", note=_("texts in one row are isolated from each other")),
+        "sequence_len": length, "sample_packing": to("pack"),
         "excess_length_strategy": needless(_("see sequence_len")), "val_set_size": share, "special_tokens": special,
         "train_on_inputs": off(_("only answers are learned; mark turns with \"loss\": true in the data"), essential=True),
         "chat_template": plain("tokenizer_default", "chatml", "tokenizer_default_fallback_chatml", why=_(
@@ -183,8 +183,9 @@ def parts() -> Table:
         "lora_modules_to_save": lora(off(_("layers trained whole beside LoRA are not translated; name them under `adapt`"),
                                          essential=True)),
         **dict.fromkeys(("lora_target_parameters", "peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication",
-                         "peft_init_lora_weights", "peft_trainable_token_indices", "peft", "relora", "unfrozen_parameters"),
-                        off(_("not translated; see `adapt` in `danlu config schema`"), essential=True, also=(True,))),
+                         "peft_trainable_token_indices", "peft", "relora", "unfrozen_parameters"),
+                        off(_("not translated; see `adapt` in `danlu config schema`"), essential=True)),
+        "peft_init_lora_weights": plain(True, why=_("see `adapt` in `danlu config schema`"), essential=True),
         "loraplus_lr_ratio": off(_("see `adapt` in `danlu config schema`")),
         **dict.fromkeys(("load_in_8bit", "load_in_4bit", "gptq"),
                         off(_("the base keeps its own precision: more memory is needed"))),

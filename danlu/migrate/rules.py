@@ -77,10 +77,10 @@ def plain(*values: Any, why: str, essential: bool = False, note: str = "") -> Ru
     return rule
 
 
-def off(why: str, *, essential: bool = False, also: tuple[Any, ...] = ()) -> Rule:
+def off(why: str, *, essential: bool = False) -> Rule:
     """Return a rule: switched off it is as here, switched on it is not supported, `why` says."""
     def rule(name: str, value: Any, given: Given) -> Said:
-        if value in OFF or value in also or value == 0:
+        if value in OFF or value == 0:
             return Said("default", note=_("off, as here"))
         return Said("unsupported", note=why, essential=essential)
     return rule

@@ -272,6 +272,8 @@ def test_what_is_essential_and_missing_is_listed_and_nothing_written(
     ("axolotl", "base_model: m\nlearning_rate: 1e-4\ndatasets:\n  - path: a.jsonl\n    type: {format: '[I] {instruction}'}\n",
      ["datasets.0.type"]),
     ("axolotl", "base_model: m\n", ["", ""]),
+    ("axolotl", "base_model: m\nlearning_rate: 1e-4\ndatasets: [{path: a.jsonl}]\nadapter: lora\nrelora: true\n"
+     "peft_init_lora_weights: true\nlora_modules_to_save: [embed_tokens]\n", ["relora", "lora_modules_to_save"]),
     ("trl", "model_name_or_path: m\ndataset_name: a/b\ncompletion_only_loss: false\nloss_type: dft\n",
      ["completion_only_loss", "loss_type"]),
     ("trl", "learning_rate: 1e-4\n", ["", ""]),
