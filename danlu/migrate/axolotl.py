@@ -5,33 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from danlu.data.columns import ROLES
 from danlu.migrate import trainer
-from danlu.migrate.rules import Given, Rule, Said, Table, listed, needless, off, plain, said, to, within
+from danlu.migrate.rules import Given, Rule, Said, Table, learned, listed, needless, off, plain, said, to, within
 from danlu.migrate.trl import place
 from danlu.words import _
 
 DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw_torch_fused", "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "lr_scheduler": "cosine",
     "num_epochs": 1.0, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "sequence_len": 512,
-    "sample_packing": False, "warmup_ratio": 0.03, "output_dir": "model-out",
+    "sample_packing": False, "val_set_size": 0.0, "warmup_ratio": 0.03, "output_dir": "model-out",
 }
 LORA: dict[str, Any] = {"lora_dropout": 0.0}
 TYPES = ("alpaca", "chat_template", "sharegpt", "completion", "input_output", "alpaca_w_system", "pretrain")
 DETAILS: dict[str, tuple[Any, ...]] = {                  # of a data set: what is understood, or is as here
     "split": ("train",), "ds_type": ("json", "jsonl", "csv", "parquet", "text"), "shards": (), "name": (), "revision": (),
-    "field_messages": ("messages", "conversations", "conversation"), "field_tools": ("tools",), "field": ("text",),
-    "message_field_role": ("role", "from"), "message_field_content": ("content", "value"),
     "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
     "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"], ["assistant", "gpt"]),
     "train_on_eos": ("turn", "all", "last"),
     "roles": ({"user": ["human", "user"], "assistant": ["gpt", "assistant"], "system": ["system"], "tool": ["tool"]},
               {"assistant": ["gpt", "assistant"], "user": ["human", "user"]}, {"assistant": ["gpt"], "user": ["human"]},
               {"user": ["user"], "assistant": ["assistant"]}),
-    "field_instruction": ("instruction",), "field_input": ("input",), "field_output": ("output",), "field_system": ("system",),
     "message_field_training": ("train", "loss", "weight"), "message_field_training_detail": ("train_detail",),
-    "trust_remote_code": (False,), "text_column": ("text",), "drop_system_message": (False,), "conversation": ("chatml",),
+    "trust_remote_code": (False,), "drop_system_message": (False,), "conversation": ("chatml",),
     "chat_template": ("tokenizer_default", "chatml", "tokenizer_default_fallback_chatml"),
 }
+
+
+FIELDS = {"field_messages": "messages", "field_tools": "tools", "field": "text", "text_column": "text", "field_system": "system",
+          "field_instruction": "instruction", "field_input": "input", "field_output": "output",
+          "message_field_role": "role_tag", "message_field_content": "content_tag"}     # of a data set: our roles of columns
+USUAL = {"role_tag": ("role", "from"), "content_tag": ("content", "value")}
 
 
 def method(name: str, value: Any, given: Given) -> Said:
@@ -71,10 +75,19 @@ def datasets(key: str) -> Rule:
         found: list[dict[str, Any]] = []
         for each in [{"path": value}] if isinstance(value, str) else value:
             names = listed(each["data_files"]) if each.get("data_files") else [place(str(each.get("path")), given)]
-            found += [{"path": path} for path in names]
+            found += [{"path": path} | columns(each) for path in names]
         note = _("sources have equal shares; set data.N.weight to the rows of each for theirs") if len(found) > 1 else ""
         return Said("translated", {key: found}, note)
     return rule
+
+
+def columns(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {columns: …} for a data set whose columns have names that are not found by themselves."""
+    named = {ours: entry.get(theirs) for theirs, ours in FIELDS.items()}
+    mapped = entry.get("message_property_mappings") or {}
+    named |= {f"{key}_tag": mapped.get(key) or named[f"{key}_tag"] for key in ("role", "content")}
+    odd = {role: column for role, column in named.items() if column and column not in USUAL.get(role, ROLES.get(role, ()))}
+    return {"columns": odd} if odd else {}
 
 
 def detail(name: str, value: Any, entry: Mapping[str, Any]) -> Said:
@@ -83,10 +96,14 @@ def detail(name: str, value: Any, entry: Mapping[str, Any]) -> Said:
         return Said("default", note=_("data_files names the files")) if entry.get("data_files") else Said("translated")
     if name == "data_files":
         return Said("translated")
-    if value is None or (name in DETAILS and any(value == each for each in DETAILS[name])):
+    if name in FIELDS and columns({name: value}):
+        return Said("translated", note=_("under `columns` of the source"))
+    if name in FIELDS or value is None or (name in DETAILS and any(value == each for each in DETAILS[name])):
         return Said("default", note=_("found by its columns"))
+    if name == "message_property_mappings" and isinstance(value, dict) and not value.keys() - {"role", "content"}:
+        return Said("translated", note=_("under `columns` of the source"))
     if name == "type" and isinstance(value, dict):
-        odd = {k: v for k, v in value.items() if v not in DETAILS.get(k, ()) and v is not None}
+        odd = {k: v for k, v in value.items() if k not in FIELDS and v is not None}
         return Said("default") if not odd else Said("unsupported", note=_(
             "prompts of one's own are not written here; turn the rows into messages: {names}").format(
                 names=", ".join(odd)), essential=True)
@@ -119,9 +136,9 @@ def batch(name: str, value: Any, given: Given) -> Said:
 
 def share(name: str, value: Any, given: Given) -> Said:
     """Translate the share of the rows that is held out."""
-    if not value or given.get("test_datasets"):
-        return Said("default", note=_("nothing is held out"))
-    return Said("translated", {"held_out": value}) if 0 < value < 1 else Said(
+    if given.get("test_datasets"):
+        return Said("default", note=_("test_datasets is given"))
+    return said(name, value, {"held_out": float(value or 0)}) if (value or 0) < 1 else Said(
         "unsupported", note=_("a number of rows; set held_out to a share below 1"))
 
 
@@ -147,14 +164,13 @@ def data() -> Table:
         "datasets": datasets("data"), "test_datasets": datasets("eval"), "pretraining_dataset": datasets("data"),
         "sequence_len": length, "sample_packing": to("pack"),
         "excess_length_strategy": needless(_("see sequence_len")), "val_set_size": share, "special_tokens": special,
-        "train_on_inputs": off(_("only answers are learned; mark turns with \"loss\": true in the data"), essential=True),
+        "train_on_inputs": learned("all"),
         "chat_template": plain("tokenizer_default", "chatml", "tokenizer_default_fallback_chatml", why=_(
             "the chat template of the model's folder is used, ChatML if it has none; see a row with `danlu inspect`")),
         "chat_template_jinja": off(_("put the template into the model's folder as chat_template.jinja"), essential=True),
         "default_system_message": off(_("put the system turn into the data"), essential=True),
         "tokens": off(tokens, essential=True), "added_tokens_overrides": off(tokens, essential=True),
-        "eot_tokens": off(_("the chat template says where a turn ends")), "group_by_length": off(
-            _("set sample_packing: true to waste no tokens on padding")),
+        "eot_tokens": off(_("the chat template says where a turn ends")),
         "curriculum_sampling": off(_("rows come in an order drawn from the seed"), essential=True),
         "min_sample_len": off(_("short texts are learned from; `danlu prepare` can drop them")),
         "dataset_exact_deduplication": off(_("the audit names duplicates; `danlu prepare` drops them with dedup: exact")),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from danlu.data.columns import ROLES
+from danlu.data.detect import registered
+from danlu.errors import DanluError
 from danlu.migrate import trainer
-from danlu.migrate.rules import Given, Rule, Said, Table, listed, needless, off, picked, plain, said, to, within
+from danlu.migrate.rules import Given, Rule, Said, Table, learned, listed, needless, off, picked, plain, said, to, within
 from danlu.words import _
 
 DEFAULTS: dict[str, Any] = trainer.DEFAULTS | {
     "stage": "sft", "finetuning_type": "lora", "lora_rank": 8, "lora_alpha": None, "lora_dropout": 0.0, "lora_target": "all",
-    "cutoff_len": 2048, "packing": None,
+    "cutoff_len": 2048, "packing": None, "val_size": 0.0,
 }
-COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations", "history": "history",
-           "system": "system", "tools": "tools"}          # their name of a column's part: the column where nothing is said
 
 
 def stage(name: str, value: Any, given: Given) -> Said:
@@ -73,12 +73,11 @@ def dataset(key: str) -> Rule:
         if not listed(value):
             return Said("default", note=_("not set"))
         found: list[dict[str, Any]] = []
-        wrong, notes = [], []
+        wrong, notes = [], []                            # problems; sentences
         for each in listed(value):
-            path, problem, note = find(str(each), given)
-            found += [{"path": path}] if path else []
+            source, problem = find(str(each), given)
+            found += [source] if source else []
             wrong += [f"{each}: {problem}"] if problem else []
-            notes += [note] if note else []
         if wrong:
             return Said("unsupported", {key: found} if found else {}, "; ".join(wrong), essential=True)
         if len(found) > 1 and given.get("mix_strategy", "concat") == "concat":
@@ -90,37 +89,38 @@ def dataset(key: str) -> Rule:
     return rule
 
 
-def find(name: str, given: Given) -> tuple[str, str, str]:
-    """Return (path, problem, note) of a data set, by dataset_info.json; a path of its own stands for itself."""
+def find(name: str, given: Given) -> tuple[dict[str, Any] | None, str]:
+    """Return the source that a data set is, by dataset_info.json, or (None, problem); a path stands for itself."""
     folder = Path(str(given.get("dataset_dir", "data")))
-    listing = next((p for p in (folder / "dataset_info.json", given.folder / folder / "dataset_info.json") if p.is_file()), None)
-    if listing is None:
-        if Path(name).suffix and (Path(name).exists() or (given.folder / name).exists()):
-            return name, "", ""
-        return "", _("there is no {file}; give its file under `data`").format(file=folder / "dataset_info.json"), ""
+    here = next((p for p in (folder, given.folder / folder) if (p / "dataset_info.json").is_file()), None)
+    if here is None:
+        there = Path(name).suffix and (Path(name).exists() or (given.folder / name).exists())
+        return ({"path": taken(name, given)}, "") if there else (
+            None, _("there is no {file}; give its file under `data`").format(file=folder / "dataset_info.json"))
     try:
-        entry = json.loads(listing.read_text(encoding="utf-8-sig")).get(name)
-    except (ValueError, AttributeError) as error:
-        return "", _("{file} is not JSON: {why}").format(file=listing, why=error), ""
-    if not isinstance(entry, dict):
-        return "", _("it is not in {file}").format(file=listing), ""
-    if entry.get("ranking") or entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt", "openai"):
-        return "", _("rows of this form are not learned from yet"), ""
-    odd = {k: v for k, v in (entry.get("columns") or {}).items() if v not in (COLUMNS.get(k), k, "text", None)}
-    note = _("columns are told by their names; rename these in the file: {names}").format(
-        names=", ".join(f"{v} → {COLUMNS.get(k, k)}" for k, v in odd.items())) if odd else ""
-    if entry.get("file_name"):
-        return str(folder / entry["file_name"]), "", note
-    if entry.get("hf_hub_url"):
-        return f"hf://{entry['hf_hub_url']}", "", note
-    return "", _("it has neither file_name nor hf_hub_url"), ""
+        entry = registered(here, name)
+    except DanluError as error:
+        return None, error.what
+    if entry is None:
+        return None, _("it is not in {file}").format(file=here / "dataset_info.json")
+    if entry.subset or entry.split not in (None, "train"):
+        return None, _("a part of a hub data set is not chosen here; give its files")
+    path = entry.path if entry.path.startswith("hf://") else str(folder / Path(entry.path).relative_to(here))
+    columns = {role: column for role, column in entry.names.items() if column not in ROLES.get(role, ())}
+    return {"path": taken(path, given, entry.take)} | ({"columns": columns} if columns else {}), ""
+
+
+def taken(path: str, given: Given, most: int | None = None) -> str:
+    """Return the path with as many rows of it as the file asks for: `#500`."""
+    counts = [count for count in (most, given.get("max_samples")) if count]
+    return f"{path}#{min(counts)}" if counts else path
 
 
 def share(name: str, value: Any, given: Given) -> Said:
     """Translate the share of the rows that is held out."""
-    if not value:
-        return Said("default", note=_("nothing is held out"))
-    return Said("translated", {"held_out": value}) if 0 < value < 1 else Said(
+    if given.get("eval_dataset"):
+        return Said("default", note=_("eval_dataset is given"))
+    return said(name, value, {"held_out": float(value or 0)}) if (value or 0) < 1 else Said(
         "unsupported", note=_("a number of rows; set held_out to a share below 1"))
 
 
@@ -132,13 +132,13 @@ def data() -> Table:
             "the chat template of the model's folder is used, ChatML if it has none; see a row with `danlu inspect`")),
         "dataset": dataset("data"), "eval_dataset": dataset("eval"), "dataset_dir": needless(_("part of the paths under `data`")),
         "cutoff_len": length, "packing": packing, "neat_packing": packing, "val_size": share,
-        "train_on_prompt": off(_("only answers are learned; mark turns with \"loss\": true in the data"), essential=True),
-        "mask_history": off(_("every answer is learned; mark earlier turns with \"loss\": false in the data"), essential=True),
+        "train_on_prompt": learned("all"), "mask_history": learned("last"),
         "mix_strategy": plain("concat", "interleave_under", "interleave_over", why=_("shares are data.N.weight")),
         "interleave_probs": lambda name, value, given: Said("translated" if value else "default", {}, _("data.N.weight")),
         **dict.fromkeys(("streaming", "buffer_size", "overwrite_cache", "preprocessing_batch_size", "preprocessing_num_workers",
                          "tokenized_path", "data_shared_file_system"), needless(streamed)),
-        "max_samples": off(_("every row is used; keep only so many in the file")), "media_dir": off(images),
+        "max_samples": lambda name, value, given: Said("translated" if value else "default", {}, _("#N after each path")),
+        "media_dir": off(images),
         **dict.fromkeys(("image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches", "video_max_pixels",
                          "video_min_pixels", "video_fps", "video_maxlen", "use_audio_in_video", "audio_sampling_rate",
                          "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"), needless(images)),

@@ -100,6 +100,13 @@ def within(key: str, chosen: str, values: tuple[Any, ...], rule: Rule) -> Rule:
     return inner
 
 
+def learned(what: str) -> Rule:
+    """Return a rule: switched on, `what` of a conversation carries loss; off it is the assistant's turns, as here."""
+    def rule(name: str, value: Any, given: Given) -> Said:
+        return said(name, value, {"chat.learn": what}) if value else Said("default", note=_("the assistant's turns are learned"))
+    return rule
+
+
 def listed(value: Any) -> list[str]:
     """Return the names in a list, or in text with commas."""
     words = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]

@@ -266,8 +266,8 @@ def machinery() -> Table:
         **dict.fromkeys(("dataloader_drop_last", "dataloader_pin_memory", "dataloader_persistent_workers",
                          "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
                          "length_column_name"), needless(loader)),
-        "train_sampling_strategy": plain("random", why=_("the order is always a random one, drawn from the seed")),
-        "group_by_length": off(_("set pack=true to waste no tokens on padding")),
+        "train_sampling_strategy": picked("group_by_length", {"random": False, "group_by_length": True}, why=_(
+            "the order is always a random one, drawn from the seed")), "group_by_length": to("group_by_length"),
         **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
                          "ddp_backend", "ddp_timeout", "local_rank", "accelerator_config"), needless(ddp)),
         "parallelism_config": off(_("say it under `layout`")), "fsdp": sharding, "fsdp_config": needless(_("see fsdp")),

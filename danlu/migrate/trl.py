@@ -26,14 +26,14 @@ def dataset(name: str, value: Any, given: Given) -> Said:
         return Said("default", note=_("datasets is given too, and wins"))
     if not value:
         return Said("default", note=_("not set"))
-    one = {"path": place(str(value), given)}
+    column = given.get("dataset_text_field", "text")
+    one: dict[str, Any] = {"path": place(str(value), given)} | ({"columns": {"text": column}} if column != "text" else {})
     if given.get("dataset_config"):
         return Said("unsupported", {"data": [one]}, _("a configuration of the data set is not chosen here; give its files"),
                     essential=True)
-    ours: dict[str, Any] = {"data": [one]}
     if given.get("eval_strategy", "no") != "no":
-        ours["eval"] = [one | {"split": "test"}]
-    return Said("translated", ours)
+        return Said("translated", {"data": [one], "eval": [one | {"split": "test"}]})
+    return Said("translated", {"data": [one], "held_out": 0.0})
 
 
 def datasets(name: str, value: Any, given: Given) -> Said:
@@ -49,7 +49,7 @@ def datasets(name: str, value: Any, given: Given) -> Said:
         paths = listed(each["data_files"]) if each.get("data_files") else [place(str(each["path"]), given)]
         found += [{"path": path} for path in paths]
     note = _("sources have equal shares; set data.N.weight to the rows of each for theirs") if len(found) > 1 else ""
-    return Said("translated", {"data": found}, note)
+    return Said("translated", {"data": found, "held_out": given.get("test_split_size", 0.0)}, note)
 
 
 def split(name: str, value: Any, given: Given) -> Said:
@@ -84,14 +84,12 @@ def peft(name: str, value: Any, given: Given) -> Said:
 
 def assistant(name: str, value: Any, given: Given) -> Said:
     """Say what is learned of a conversation: theirs is every turn unless told otherwise, ours the assistant's."""
-    return Said("default") if value else Said("unsupported", note=_(
-        "on chat rows TRL learns every token, and this program the assistant's; mark turns with \"loss\": true for that"))
+    return Said("default") if value else Said("translated", {"chat.learn": "all"}, _("on chat rows TRL learns every token"))
 
 
 def text(name: str, value: Any, given: Given) -> Said:
     """Translate the text's column: `text` is found by itself."""
-    return Said("default") if value in (None, "text") else Said(
-        "unsupported", note=_("rename the column to text"), essential=True)
+    return Said("default") if value in (None, "text") else Said("translated", note=_("under `columns` of the source"))
 
 
 def own() -> Table:
@@ -101,7 +99,7 @@ def own() -> Table:
         "model_init_kwargs": off(_("how a model is loaded is decided here"), essential=True),
         "trust_remote_code": off(_("code of a model's folder is never run")),
         "router_aux_loss_coef": off(_("mixtures of experts are not here")),
-        "chat_template_path": off(_("put the template into the model's folder as chat_template.jinja"), essential=True),
+        "chat_template_path": to("chat.template"),
         "dataset_text_field": text, "dataset_kwargs": off(_("rows are read by their columns"), essential=True),
         "dataset_num_proc": needless(_("files are read in pieces, by all cores")), "eos_token": off(tokens),
         "pad_token": needless(_("padding is never learned from")), "max_length": length,
@@ -149,7 +147,7 @@ def table() -> Table:
         **trainer.table(), **own(), **model(), "dataset_name": dataset, "datasets": datasets,
         "dataset_config": needless(_("see dataset_name")), "dataset_train_split": split, "dataset_test_split": split,
         **dict.fromkeys(("dataset_streaming", "streaming"), needless(_("files are read in pieces, whatever their size"))),
-        "test_split_size": to("held_out"),
+        "test_split_size": lambda name, value, given: Said("translated" if value else "default", {}, _("held_out")),
         "ignore_bias_buffers": needless(_("processes are started and watched by `layout` and `guard`")),
     }
 

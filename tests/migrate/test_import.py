@@ -176,7 +176,8 @@ def registry(tmp_path: Path) -> Path:
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({
         "identity": {"file_name": "identity.json"}, "alpaca_en": {"hf_hub_url": "llamafactory/alpaca_en"},
         "dpo": {"file_name": "dpo.json", "ranking": True, "formatting": "sharegpt"},
-        "odd": {"file_name": "odd.json", "columns": {"prompt": "question", "response": "output"}},
+        "odd": {"file_name": "odd.json", "columns": {"prompt": "question_text", "response": "reply_text"}},
+        "hub": {"hf_hub_url": "a/b"},
     }))
     return tmp_path
 
@@ -185,14 +186,14 @@ def test_llamafactory(registry: Path) -> None:
     found = made("llamafactory", LLAMAFACTORY, registry)
     assert found.recipe == {
         "out": "saves/qwen3-4b/lora/sft", "start": "Qwen/Qwen3-4B-Instruct-2507",
-        "data": [{"path": "data/identity.json"}, {"path": "hf://llamafactory/alpaca_en"}], "held_out": 0.1,
+        "data": [{"path": "data/identity.json#1000"}, {"path": "hf://llamafactory/alpaca_en#1000"}], "held_out": 0.1,
         "objective": {"kind": "causal_lm"}, "adapt": {"kind": "lora", "rank": 8, "alpha": 16, "target": "all"},
         "optim": {"kind": "adamw", "lr": 1e-4, "weight_decay": 0.0, "betas": [0.9, 0.999]},
         "schedule": {"kind": "cosine", "warmup": 0.1}, "clip": 1.0, "precision": "bf16", "epochs": 3.0, "micro_rows": 1,
         "layout": {"micro": 8}, "length": 2048, "pack": False, "overlong": "cut",
         "every": {"log": 10, "save": 500, "evaluate": 500}, "workers": 4, "report": True,
     }
-    assert by(found.entries, "unsupported") == {"trust_remote_code": False, "template": False, "max_samples": False}
+    assert by(found.entries, "unsupported") == {"trust_remote_code": False, "template": False}
     assert {"model_name_or_path", "learning_rate", "num_train_epochs", "warmup_ratio", "bf16"} <= by(found.entries, "same").keys()
 
 
@@ -206,7 +207,8 @@ def test_axolotl(tmp_path: Path) -> None:
         "adapt": {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target": ["q_proj", "v_proj"]},
         "optim": {"kind": "adamw", "lr": 2e-4, "weight_decay": 0.0, "betas": [0.9, 0.999]},
         "schedule": {"kind": "cosine", "warmup": 10}, "clip": 1.0, "recompute": "full", "epochs": 1, "micro_rows": 2,
-        "layout": {"micro": 2}, "length": 2048, "pack": True, "overlong": "drop", "every": {"log": 1},
+        "layout": {"micro": 2}, "length": 2048, "pack": True, "overlong": "drop", "group_by_length": False,
+        "every": {"log": 1},
     }
     assert by(found.entries, "unsupported") == {"load_in_4bit": False, "evals_per_epoch": False, "saves_per_epoch": False}
 
@@ -279,7 +281,7 @@ def test_what_is_essential_and_missing_is_listed_and_nothing_written(
     ("trl", "learning_rate: 1e-4\n", ["", ""]),
     ("llamafactory", "model_name_or_path: m\ndataset: nowhere\n", ["dataset"]),
     ("llamafactory", "model_name_or_path: m\nquantization_bit: 4\ndataset: alpaca_en\ntrain_on_prompt: true\nuse_galore: true\n",
-     ["train_on_prompt", "use_galore"]),
+     ["use_galore"]),
 ])
 def test_what_cannot_be_left_out(tool: str, text: str, missing: list[str], registry: Path) -> None:
     assert [entry.key for entry in made(tool, text, registry).missing] == missing
@@ -297,19 +299,44 @@ def test_what_cannot_be_left_out(tool: str, text: str, missing: list[str], regis
      {"kind": "lora", "rank": 4, "rslora": True, "alpha": 8, "target": ["q_proj", "v_proj"]}),
     ("save_strategy: 'no'\nsave_steps: 5", "every", {"save": 0}),
     ("eval_strategy: steps\nlogging_steps: 7", "every", {"log": 7, "evaluate": 7}),
+    ("train_on_prompt: true", "chat", {"learn": "all"}), ("mask_history: true", "chat", {"learn": "last"}),
+    ("seed: 1", "held_out", 0.0),
+    ("group_by_length: true", "group_by_length", True), ("max_samples: 5\ndataset: hub", "data", [{"path": "hf://a/b#5"}]),
+    ("dataset: odd", "data", [{"path": "data/odd.json", "columns": {"instruction": "question_text", "output": "reply_text"}}]),
     ("metric_for_best_model: eval_f1", "metric", "eval/f1"), ("early_stopping_steps: 3", "stop", {"patience": 3}),
     ("interleave_probs: 0.7,0.3\nmix_strategy: interleave_under", "data",
      [{"path": "data/identity.json", "weight": 0.7}, {"path": "hf://llamafactory/alpaca_en", "weight": 0.3}]),
 ])
 def test_values_of_llamafactory_and_the_trainer(text: str, key: str, value: Any, registry: Path) -> None:
-    assert made("llamafactory", f"model_name_or_path: m\ndataset: identity,alpaca_en\n{text}\n", registry).recipe[key] == value
+    data = "" if "dataset:" in text else "dataset: identity,alpaca_en\n"
+    assert made("llamafactory", f"model_name_or_path: m\n{data}{text}\n", registry).recipe[key] == value
 
 
-def test_deepspeed_and_odd_columns_say_what_to_do(registry: Path) -> None:
+def test_columns_of_axolotl(tmp_path: Path) -> None:
+    text = """base_model: m
+learning_rate: 1e-4
+train_on_inputs: true
+datasets:
+  - path: a.jsonl
+    type: chat_template
+    field_messages: talk
+    message_property_mappings: {role: who, content: words}
+  - path: b.jsonl
+    type: completion
+    field: body
+"""
+    found = made("axolotl", text, tmp_path)
+    assert found.recipe["data"] == [
+        {"path": "a.jsonl", "columns": {"messages": "talk", "role_tag": "who", "content_tag": "words"}},
+        {"path": "b.jsonl", "columns": {"text": "body"}}]
+    assert found.recipe["chat"] == {"learn": "all"} and found.recipe["held_out"] == 0.0 and not found.missing
+
+
+def test_deepspeed_says_what_to_do_and_secrets_are_not_shown(registry: Path) -> None:
     found = made("llamafactory", "model_name_or_path: m\ndataset: odd\ndeepspeed: examples/deepspeed/ds_z2_config.json\n"
                  "hf_hub_token: hf_secret\n", registry)
     notes = {entry.key: entry.note for entry in found.entries}
-    assert "layout.shard=grads" in notes["deepspeed"] and "question → instruction" in notes["dataset"]
+    assert "layout.shard=grads" in notes["deepspeed"]
     assert "hf_secret" not in json.dumps([entry._asdict() for entry in found.entries])
 
 
