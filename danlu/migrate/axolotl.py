@@ -7,7 +7,24 @@ from typing import Any
 
 from danlu.data.columns import ROLES
 from danlu.migrate import trainer
-from danlu.migrate.rules import Given, Rule, Said, Table, learned, listed, needless, off, plain, said, to, within
+from danlu.migrate.rules import (
+    Given,
+    Rule,
+    Said,
+    Table,
+    learned,
+    listed,
+    names,
+    needless,
+    off,
+    one,
+    picked,
+    plain,
+    quantized,
+    said,
+    to,
+    within,
+)
 from danlu.migrate.trl import place
 from danlu.words import _
 
@@ -39,19 +56,17 @@ USUAL = {"role_tag": ("role", "from"), "content_tag": ("content", "value")}
 
 
 def method(name: str, value: Any, given: Given) -> Said:
-    """Translate the adapter; qlora is LoRA on a base that is kept whole here."""
+    """Translate the adapter; qlora is LoRA on a base of few bits, which load_in_4bit asks for."""
     if value in (None, ""):
         return Said("default", note=_("without `adapt` every weight is trained"))
-    if value == "lora":
+    if value in ("lora", "qlora"):
         return Said("translated", {"adapt.kind": "lora"})
-    if value == "qlora":
-        return Said("translated", {"adapt.kind": "lora"}, _("the base keeps its own precision: more memory is needed"))
     return Said("unsupported", note=_("only lora is translated; `danlu config schema` lists what `adapt` can be"), essential=True)
 
 
 def lora(rule: Rule) -> Rule:
     """Return the rule of a key that counts only with an adapter."""
-    return within("lora", "adapter", ("lora", "qlora"), rule)
+    return within("adapter", ("lora", "qlora"), rule)
 
 
 def target(name: str, value: Any, given: Given) -> Said:
@@ -83,7 +98,7 @@ def datasets(key: str) -> Rule:
 
 def columns(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return {columns: …} for a data set whose columns have names that are not found by themselves."""
-    named = {ours: entry.get(theirs) for theirs, ours in FIELDS.items()}
+    named = dict.fromkeys(FIELDS.values()) | {ours: entry[theirs] for theirs, ours in FIELDS.items() if entry.get(theirs)}
     mapped = entry.get("message_property_mappings") or {}
     named |= {f"{key}_tag": mapped.get(key) or named[f"{key}_tag"] for key in ("role", "content")}
     odd = {role: column for role, column in named.items() if column and column not in USUAL.get(role, ROLES.get(role, ()))}
@@ -195,16 +210,15 @@ def parts() -> Table:
         "lora_dropout": lora(to("adapt.dropout", unset=(None, 0, 0.0))), "lora_target_modules": lora(target),
         "lora_target_linear": lora(linear), "peft_use_dora": lora(to("adapt.dora", unset=(None, False))),
         "peft_use_rslora": lora(to("adapt.rslora", unset=(None, False))),
-        "lora_model_dir": off(_("merge the adapter first, and give the merged folder as `start`"), essential=True),
-        "lora_modules_to_save": lora(off(_("layers trained whole beside LoRA are not translated; name them under `adapt`"),
-                                         essential=True)),
+        "lora_model_dir": one("adapt.start", _("one adapter is trained at a time; merge the others first")),
+        "lora_modules_to_save": lora(names("adapt.modules_to_save")),
         **dict.fromkeys(("lora_target_parameters", "peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication",
                          "peft_trainable_token_indices", "peft", "relora", "unfrozen_parameters"),
                         off(_("not translated; see `adapt` in `danlu config schema`"), essential=True)),
-        "peft_init_lora_weights": plain(True, why=_("see `adapt` in `danlu config schema`"), essential=True),
-        "loraplus_lr_ratio": off(_("see `adapt` in `danlu config schema`")),
-        **dict.fromkeys(("load_in_8bit", "load_in_4bit", "gptq"),
-                        off(_("the base keeps its own precision: more memory is needed"))),
+        "peft_init_lora_weights": lora(picked("adapt.init", {True: "default", "pissa": "pissa"}, why=_(
+            "see `adapt` in `danlu config schema`"), essential=True)), "loraplus_lr_ratio": lora(to("adapt.rate_ratio")),
+        "load_in_8bit": lora(quantized("int8")), "load_in_4bit": lora(quantized("nf4")),
+        "gptq": off(_("weights that are quantized already are not read"), essential=True),
         **dict.fromkeys(("loraplus_lr_embedding", "lora_fan_in_fan_out", "lora_on_cpu", "qlora_sharded_model_loading",
                          "merge_lora",
                          "bnb_config_kwargs", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",

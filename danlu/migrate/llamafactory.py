@@ -9,7 +9,23 @@ from danlu.data.columns import ROLES
 from danlu.data.detect import registered
 from danlu.errors import DanluError
 from danlu.migrate import trainer
-from danlu.migrate.rules import Given, Rule, Said, Table, learned, listed, needless, off, picked, plain, said, to, within
+from danlu.migrate.rules import (
+    Given,
+    Rule,
+    Said,
+    Table,
+    learned,
+    listed,
+    names,
+    needless,
+    off,
+    one,
+    picked,
+    plain,
+    said,
+    to,
+    within,
+)
 from danlu.words import _
 
 DEFAULTS: dict[str, Any] = trainer.DEFAULTS | {
@@ -154,7 +170,7 @@ def data() -> Table:
 def adapters() -> Table:
     """Return the rules of what is trained."""
     def lora(rule: Rule) -> Rule:
-        return within("lora", "finetuning_type", ("lora",), rule)
+        return within("finetuning_type", ("lora",), rule, usual="lora")
 
     low = _("low-rank and block-wise optimizers are not here")
     reward = _("of no effect in stages pt and sft")
@@ -162,14 +178,13 @@ def adapters() -> Table:
         "stage": stage, "finetuning_type": method, "lora_rank": lora(to("adapt.rank")), "lora_alpha": lora(alpha),
         "lora_dropout": lora(to("adapt.dropout", unset=(None, 0, 0.0))), "lora_target": lora(target),
         "use_rslora": lora(to("adapt.rslora", unset=(None, False))), "use_dora": lora(to("adapt.dora", unset=(None, False))),
-        "additional_target": off(_("layers trained whole beside LoRA are not translated; name them under `adapt`"),
-                                 essential=True),
-        **dict.fromkeys(("loraplus_lr_ratio", "pissa_init"), off(_("see `adapt` in `danlu config schema`"))),
+        "additional_target": lora(names("adapt.modules_to_save")),
+        "loraplus_lr_ratio": lora(to("adapt.rate_ratio")), "pissa_init": lora(picked("adapt.init", {True: "pissa"}, why="")),
         **dict.fromkeys(("loraplus_lr_embedding", "pissa_iter", "pissa_convert"), needless(_("of no effect alone"))),
         "create_new_adapter": off(_("one adapter is trained at a time"), essential=True),
         **dict.fromkeys(("module_dropout", "oft_rank", "oft_block_size", "oft_target"), needless(_("of no effect without oft"))),
         **dict.fromkeys(("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
-                        within("freeze", "finetuning_type", ("freeze",), off(_("see finetuning_type")))),
+                        within("finetuning_type", ("freeze",), off(_("see finetuning_type")))),
         **dict.fromkeys(("pref_beta", "pref_ftx", "pref_bco_weight", "pref_loss", "dpo_label_smoothing", "kto_chosen_weight",
                          "kto_rejected_weight", "simpo_gamma", "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target",
                          "ppo_whiten_rewards", "ref_model", "ref_model_adapters", "ref_model_quantization_bit", "reward_model",
@@ -193,14 +208,16 @@ def model() -> Table:
     tokens, later = _("new tokens are not added; give a folder whose tokenizer has them"), _("of no effect in training")
     return {
         "model_name_or_path": to("start"), "trust_remote_code": off(_("code of a model's folder is never run")),
-        "adapter_name_or_path": off(_("merge the adapter first, and give the merged folder as `start`"), essential=True),
+        "adapter_name_or_path": one("adapt.start", _("one adapter is trained at a time; merge the others first")),
         "adapter_folder": off(_("merge the adapter first"), essential=True), "model_revision": plain(
             "main", why=_("download that revision, and give its folder as `start`"), essential=True),
         "rope_scaling": off(_("set it in the config.json of the model's folder"), essential=True),
         "resize_vocab": off(tokens, essential=True), "add_tokens": off(tokens, essential=True),
         "add_special_tokens": off(tokens, essential=True), "new_special_tokens_config": off(tokens, essential=True),
         "init_special_tokens": needless(tokens), "split_special_tokens": off(_("special tokens are never split")),
-        "quantization_bit": off(_("the base keeps its own precision: more memory is needed")),
+        "quantization_bit": within("finetuning_type", ("lora",), picked(
+            "adapt.base", {4: "nf4", 8: "int8"}, why=_("4 and 8 bits are there; the base keeps its own precision")),
+                                   usual="lora"),
         "train_from_scratch": off(_("describe the model under `model` in place of `start`"), essential=True),
         "mixture_of_depths": off(_("not here"), essential=True),
         "shift_attn": off(_("attention is always whole"), essential=True),

@@ -91,10 +91,20 @@ def needless(note: str) -> Rule:
     return lambda name, value, given: Said("default", note=note)
 
 
-def within(key: str, chosen: str, values: tuple[Any, ...], rule: Rule) -> Rule:
-    """Return `rule` where their key `chosen` has one of `values`; elsewhere their tool ignores the key, and so do we."""
+def quantized(kind: str) -> Rule:
+    """Return a rule: switched on, the matrices beside which an adapter learns are kept in few bits."""
+    def rule(name: str, value: Any, given: Given) -> Said:
+        return Said("translated", {"adapt.base": kind}) if value else Said("default", note=_("off, as here"))
+    return rule
+
+
+def within(chosen: str, values: tuple[Any, ...], rule: Rule, *, usual: Any = None) -> Rule:
+    """Return `rule` where their key `chosen` has one of `values`; elsewhere their tool ignores the key, and so do we.
+
+    usual: what `chosen` is where the file does not say.
+    """
     def inner(name: str, value: Any, given: Given) -> Said:
-        if given.get(chosen, key) in values:
+        if given.get(chosen, usual) in values:
             return rule(name, value, given)
         return Said("default", note=_("of no effect without {key}={value}").format(key=chosen, value=values[0]))
     return inner
@@ -104,6 +114,24 @@ def learned(what: str) -> Rule:
     """Return a rule: switched on, `what` of a conversation carries loss; off it is the assistant's turns, as here."""
     def rule(name: str, value: Any, given: Given) -> Said:
         return said(name, value, {"chat.learn": what}) if value else Said("default", note=_("the assistant's turns are learned"))
+    return rule
+
+
+def names(key: str) -> Rule:
+    """Return a rule: our `key` is the list of names that theirs is, one or several."""
+    def rule(name: str, value: Any, given: Given) -> Said:
+        found = listed(value) if value else []
+        return said(name, value, {key: found}) if found else Said("default", note=_("not set"))
+    return rule
+
+
+def one(key: str, why: str) -> Rule:
+    """Return a rule: our `key` is the one name that theirs is; several are not supported, `why` says."""
+    def rule(name: str, value: Any, given: Given) -> Said:
+        found = listed(value) if value else []
+        if len(found) > 1:
+            return Said("unsupported", note=why, essential=True)
+        return said(name, value, {key: found[0]}) if found else Said("default", note=_("not set"))
     return rule
 
 

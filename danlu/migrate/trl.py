@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from danlu.migrate import trainer
-from danlu.migrate.rules import Given, Said, Table, listed, needless, off, plain, said, to, within
+from danlu.migrate.rules import Given, Said, Table, listed, names, needless, off, plain, quantized, said, to, within
 from danlu.words import _
 
 DEFAULTS: dict[str, Any] = trainer.DEFAULTS | {"learning_rate": 2e-5, "max_length": 1024, "packing": False}
@@ -120,7 +120,7 @@ def own() -> Table:
 def model() -> Table:
     """Return the rules of ModelConfig's fields."""
     def lora(rule: Any) -> Any:
-        return within("true", "use_peft", (True,), rule)
+        return within("use_peft", (True,), rule)
 
     return {
         "model_name_or_path": to("start"), "model_revision": plain(
@@ -131,12 +131,12 @@ def model() -> Table:
         "lora_r": lora(to("adapt.rank")), "lora_alpha": lora(to("adapt.alpha")), "lora_dropout": lora(to("adapt.dropout")),
         "lora_target_modules": lora(target),
         "lora_target_parameters": lora(off(_("bare parameters get no adapter"), essential=True)),
-        "lora_modules_to_save": lora(off(_("layers trained whole beside LoRA are not translated; name them under `adapt`"),
-                                         essential=True)),
+        "lora_modules_to_save": lora(names("adapt.modules_to_save")),
         "lora_task_type": lora(plain("CAUSAL_LM", why=_("only causal language models are translated"), essential=True)),
         "use_rslora": lora(to("adapt.rslora", unset=(None, False))), "use_dora": lora(to("adapt.dora", unset=(None, False))),
-        **dict.fromkeys(("load_in_8bit", "load_in_4bit"), off(_("the base keeps its own precision: more memory is needed"))),
-        **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), needless(
+        "load_in_8bit": lora(quantized("int8")), "load_in_4bit": lora(quantized("nf4")),
+        "bnb_4bit_quant_type": plain("nf4", why=_("nf4 is the 4-bit type there is")),
+        **dict.fromkeys(("use_bnb_nested_quant", "bnb_4bit_quant_storage"), needless(
             _("of no effect without quantization"))),
     }
 

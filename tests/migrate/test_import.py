@@ -204,13 +204,13 @@ def test_axolotl(tmp_path: Path) -> None:
         "out": "./outputs/lora-out", "start": "NousResearch/Llama-3.2-1B",
         "data": [{"path": "hf://teknium/GPT4-LLM-Cleaned"}, {"path": "rows.jsonl"}], "held_out": 0.1,
         "objective": {"kind": "causal_lm"},
-        "adapt": {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target": ["q_proj", "v_proj"]},
+        "adapt": {"kind": "lora", "base": "nf4", "rank": 16, "alpha": 32, "dropout": 0.05, "target": ["q_proj", "v_proj"]},
         "optim": {"kind": "adamw", "lr": 2e-4, "weight_decay": 0.0, "betas": [0.9, 0.999]},
         "schedule": {"kind": "cosine", "warmup": 10}, "clip": 1.0, "recompute": "full", "epochs": 1, "micro_rows": 2,
         "layout": {"micro": 2}, "length": 2048, "pack": True, "overlong": "drop", "group_by_length": False,
         "every": {"log": 1},
     }
-    assert by(found.entries, "unsupported") == {"load_in_4bit": False, "evals_per_epoch": False, "saves_per_epoch": False}
+    assert by(found.entries, "unsupported") == {"evals_per_epoch": False, "saves_per_epoch": False}
 
 
 def test_trl(tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ def test_trl(tmp_path: Path) -> None:
         "every": {"evaluate": 100},
     }
     assert by(found.entries, "unsupported") == {"eos_token": False}
-    assert "assistant_only_loss" in by(made("trl", TRL.replace("assistant_only_loss: true\n", ""), tmp_path).entries,
-                                       "unsupported")
+    whole = made("trl", TRL.replace("assistant_only_loss: true\n", "").replace("eval_strategy: steps\n", ""), tmp_path).recipe
+    assert whole["chat"] == {"learn": "all"} and whole["held_out"] == 0.0 and "eval" not in whole, "their defaults"
 
 
 @pytest.mark.parametrize(("tool", "text"), [("llamafactory", LLAMAFACTORY), ("axolotl", AXOLOTL), ("trl", TRL)])
@@ -275,7 +275,7 @@ def test_what_is_essential_and_missing_is_listed_and_nothing_written(
      ["datasets.0.type"]),
     ("axolotl", "base_model: m\n", ["", ""]),
     ("axolotl", "base_model: m\nlearning_rate: 1e-4\ndatasets: [{path: a.jsonl}]\nadapter: lora\nrelora: true\n"
-     "peft_init_lora_weights: true\nlora_modules_to_save: [embed_tokens]\n", ["relora", "lora_modules_to_save"]),
+     "peft_init_lora_weights: true\nlora_modules_to_save: [embed_tokens]\n", ["relora"]),
     ("trl", "model_name_or_path: m\ndataset_name: a/b\ncompletion_only_loss: false\nloss_type: dft\n",
      ["completion_only_loss", "loss_type"]),
     ("trl", "learning_rate: 1e-4\n", ["", ""]),
@@ -297,6 +297,11 @@ def test_what_cannot_be_left_out(tool: str, text: str, missing: list[str], regis
     ("neat_packing: true", "pack", True), ("packing: true", "overlong", "drop"), ("cutoff_len: 100", "overlong", "cut"),
     ("lora_rank: 4\nuse_rslora: true\nlora_target: q_proj,v_proj", "adapt",
      {"kind": "lora", "rank": 4, "rslora": True, "alpha": 8, "target": ["q_proj", "v_proj"]}),
+    ("lora_alpha: 8\nquantization_bit: 4\npissa_init: true\nloraplus_lr_ratio: 16\nadditional_target: embed_tokens,lm_head\n"
+     "adapter_name_or_path: saves/a", "adapt",
+     {"kind": "lora", "alpha": 8, "base": "nf4", "init": "pissa", "rate_ratio": 16,
+      "modules_to_save": ["embed_tokens", "lm_head"],
+      "start": "saves/a", "rank": 8, "target": "all"}),
     ("save_strategy: 'no'\nsave_steps: 5", "every", {"save": 0}),
     ("eval_strategy: steps\nlogging_steps: 7", "every", {"log": 7, "evaluate": 7}),
     ("train_on_prompt: true", "chat", {"learn": "all"}), ("mask_history: true", "chat", {"learn": "last"}),
@@ -330,6 +335,16 @@ datasets:
         {"path": "a.jsonl", "columns": {"messages": "talk", "role_tag": "who", "content_tag": "words"}},
         {"path": "b.jsonl", "columns": {"text": "body"}}]
     assert found.recipe["chat"] == {"learn": "all"} and found.recipe["held_out"] == 0.0 and not found.missing
+
+
+def test_keys_of_an_adapter_count_only_with_one(registry: Path) -> None:
+    full = made("axolotl", "base_model: m\nlearning_rate: 1e-4\ndatasets: [{path: a.jsonl}]\nlora_r: 8\nlora_alpha: 16\n",
+                registry)
+    assert "adapt" not in full.recipe and by(full.entries, "default").keys() >= {"lora_r", "lora_alpha"}
+    full = made("trl", "model_name_or_path: m\ndataset_name: a/b\nlora_r: 8\n", registry)
+    assert "adapt" not in full.recipe
+    full = made("llamafactory", "model_name_or_path: m\ndataset: hub\nfinetuning_type: full\nlora_rank: 8\n", registry)
+    assert "adapt" not in full.recipe
 
 
 def test_deepspeed_says_what_to_do_and_secrets_are_not_shown(registry: Path) -> None:

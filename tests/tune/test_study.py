@@ -105,7 +105,8 @@ def test_a_trial_that_fails_is_one_failed_trial(recipe: Path, tmp_path: Path) ->
     lines = json.loads((out / "study.json").read_text())["trials"]
     assert sorted(line["state"] for line in lines) == ["complete", "fail"], "a grid ends when it is done"
     failed = next(line for line in lines if line["state"] == "fail")
-    assert failed["exit_code"] in (2, 3) and "missing" in failed["error"] and failed["error"].startswith("danlu: ")
+    assert failed["exit_code"] in (2, 3) and failed["error"].startswith("danlu: ")
+    assert failed["error"] == (out / failed["folder"] / "train.log").read_text().splitlines()[-1]
     assert f"danlu train {out / 'best.yaml'}" in ended.out
 
 
