@@ -36,6 +36,7 @@ def _verbs() -> dict[str, Verb]:
         "quickstart": Verb("danlu.quickstart", _("the whole way on text that Python brings, in minutes"), _quickstart),
         "prepare": Verb("danlu.verbs.prepare", _("files to shards, tokenizer and report"), _recipe, recipe=True),
         "train": Verb("danlu.verbs.train", _("a recipe to a trained, verified model"), _recipe, recipe=True, starts=True),
+        "tune": Verb("danlu.verbs.tune", _("the best values of some keys, by trying"), _tune, recipe=True, options=_tune_options),
         "launch": Verb("danlu.verbs.launch", _("the job file of a recipe for SLURM or Kubernetes"), _launch, recipe=True,
                        options=_launch_options),
         "verify": Verb("danlu.verbs.verify", _("show that a layout changes nothing"), _verify, recipe=True,
@@ -50,6 +51,8 @@ def _verbs() -> dict[str, Verb]:
         "doctor": Verb("danlu.doctor", _("what this machine and installation can do"), _doctor),
         "config": Verb("danlu.verbs.config", _("the schema of a recipe, or a check of one"), _config, recipe=True,
                        options=_config_options),
+        "import-config": Verb("danlu.verbs.import_config", _("another tool's YAML file to a recipe, line by line"),
+                              _import_config),
         "version": Verb("danlu.verbs.version", _("the version"), lambda parser: None),
     }
 
@@ -300,6 +303,33 @@ def _ckpt(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--security", action="store_true", help=_("what is exposed"))
+
+
+def _tune(parser: argparse.ArgumentParser) -> None:
+    _tune_options(parser)
+    _recipe(parser)
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trials", type=int, default=20, help=_("trials in all, those of earlier commands among them"))
+    parser.add_argument("--search", action="append", default=[], metavar="KEY=WHAT",
+                        help=_("a key and log(low,high), low..high, low..high:step or [a,b,c]; may be repeated"))
+    parser.add_argument("--space", type=Path, help=_("YAML file with the same in a section `search`"))
+    parser.add_argument("--metric", default="eval/loss", help=_("what decides; the best evaluation of a trial counts"))
+    parser.add_argument("--direction", choices=["minimize", "maximize"], help=_("what is better (default: by the metric's name)"))
+    parser.add_argument("--sampler", default="tpe", choices=["tpe", "random", "grid"], help=_("how values are chosen"))
+    parser.add_argument("--pruner", choices=["median", "hyperband", "none"],
+                        help=_("when a trial is stopped early (default: median, if the recipe evaluates on the way)"))
+    parser.add_argument("--timeout", type=float, help=_("seconds after which no new trial begins"))
+    parser.add_argument("--seed", type=int, default=0, help=_("same seed, same trials"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"), help=_("folder of the study and its trials"))
+
+
+def _import_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help=_("the YAML file"))
+    parser.add_argument("--from", dest="tool", required=True, choices=["llamafactory", "axolotl", "trl"],
+                        help=_("the tool it is written for"))
+    parser.add_argument("--out", type=Path, help=_("write the recipe here (default: print it)"))
 
 
 def _config(parser: argparse.ArgumentParser) -> None:

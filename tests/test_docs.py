@@ -95,7 +95,7 @@ def test_every_key_stands_in_the_page_of_the_configuration(language: str, cls: t
 
 def test_every_verb_stands_in_the_readmes() -> None:
     for path in READMES:
-        told = set(re.findall(r"`danlu (\w+)", path.read_text(encoding="utf-8")))
+        told = set(re.findall(r"`danlu ([\w-]+)", path.read_text(encoding="utf-8")))
         assert set(cli._verbs()) - told == set(), path.name
 
 
