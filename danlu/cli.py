@@ -293,7 +293,8 @@ def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help=_("files of rows without labels; - reads JSON lines from stdin"))
     parser.add_argument("--text", help=_("one text, in place of --data"))
     parser.add_argument("--pair", help=_("the text that belongs to it"))
-    parser.add_argument("--out", type=Path, help=_("file to write, jsonl, csv or tsv by its name (default: JSON lines to stdout)"))
+    parser.add_argument("--out", type=Path, 
+                        help=_("file to write, jsonl, csv or tsv by its name (default: JSON lines to stdout)"))
     parser.add_argument("--top-k", "--top_k", type=int, default=0, help=_("also list so many of the likeliest classes"))
     _rows(parser)
 

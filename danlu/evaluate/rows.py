@@ -187,7 +187,8 @@ class Finding:
         lines = [_("{rows} rows of at most {length} tokens, {precision}").format(
             rows=rows["judged"], length=task.length, precision=task.precision), _("intervals: bootstrap over rows")]
         if rows["cut"]:
-            lines.append(_("{n} rows were longer and cut; {tokens} tokens were not read").format(n=rows["cut"], tokens=rows["lost"]))
+            lines.append(_("{n} rows were longer and cut; {tokens} tokens were not read").format(
+                n=rows["cut"], tokens=rows["lost"]))
         left = {reason: n for reason, n in rows.items() if reason not in ("read", "judged", "cut", "lost")}
         if left:
             lines.append(_("rows left out: {reasons}").format(reasons=", ".join(f"{r} {n}" for r, n in sorted(left.items()))))
@@ -222,9 +223,10 @@ def _usable(lines: Iterable[Line], rows: Counter[str], rejects: list[dict[str, A
         rows["read"] += 1
         if line.reason:
             if line.reason == "unseen_label" or (not share and line.reason != "dropped"):
-                raise DataError(_("the row cannot be used: {detail}").format(detail=line.detail), where=f"{line.file}:{line.line}",
-                                fix=_("give rows of the classes that the model was trained on") if line.reason == "unseen_label"
-                                else _("mend or remove the row; one that is too long: --overlong cut"))
+                fix = _("give rows of the classes that the model was trained on")
+                raise DataError(_("the row cannot be used: {detail}").format(detail=line.detail),
+                                where=f"{line.file}:{line.line}", fix=fix if line.reason == "unseen_label" else
+                                _("mend or remove the row; one that is too long: --overlong cut"))
             rows[line.reason] += 1
             rejects.append({"file": line.file, "line": line.line, "reason": line.reason, "detail": line.detail})
             continue

@@ -20,7 +20,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.evaluate.record import figures_of, show, whole
 from danlu.evaluate.score import Document, Tally, score
-from danlu.evaluate.subject import Subject, open_subject
+from danlu.evaluate.subject import Subject
 from danlu.log import say
 from danlu.nn import paths
 from danlu.words import _
@@ -28,7 +28,7 @@ from danlu.words import _
 
 def on_text(subject: Subject, data: str | None, *, split: str, sample_by: str, text: str, encoding: str | None,
             length: int | None, precision: str, device: torch.device) -> list[tuple[Result, str]]:
-    """Return what the subject scores on text files or a prepared folder, or on what its recipe holds out, and the place of each."""
+    """Return what the subject scores on text files or a prepared folder, or what its recipe holds out, and each place."""
     places = [(data, split)] if data is not None else subject.held_out()
     results = []
     for place, part in places:

@@ -98,5 +98,8 @@ def open_subject(path: Path) -> Subject:
     """Return the model of a run (its best checkpoint), of a checkpoint or of a Hugging Face folder."""
     folder = checkpoint.chosen(path)
     manifest = next((f / "manifest.json" for f in (folder, folder.parent) if (f / "manifest.json").is_file()), None)
-    recipe = config.validate(Run, files.read_json(manifest)["run"]) if manifest is not None else None
+    told = files.read_json(manifest)["run"] if manifest is not None else None
+    if told is not None and told.get("start") is not None:
+        told = told | {"model": None}                    # filled in by the run, and beside it a recipe may not say it
+    recipe = config.validate(Run, told) if told is not None else None
     return Subject(folder, Tokenizer.load(folder), weights.load(folder), recipe)

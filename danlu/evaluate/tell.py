@@ -32,7 +32,7 @@ def tell(objective: Any, said: Sequence[Said], line: Line, *, top: int = 0) -> d
 
 
 @tell.register
-def _(objective: Classify, said: Sequence[Said], line: Line, *, top: int = 0) -> dict[str, Any]:
+def _class(objective: Classify, said: Sequence[Said], line: Line, *, top: int = 0) -> dict[str, Any]:
     logits, labels, label = said[0], objective.labels, line.rows[0]["label"] if line.label is not None else None
     if objective.several:
         return _several(logits, labels, label, top)
@@ -62,7 +62,7 @@ def _ranked(chances: Said, labels: Sequence[str], top: int) -> list[list[Any]]:
 
 
 @tell.register
-def _(objective: Regress, said: Sequence[Said], line: Line, *, top: int = 0) -> dict[str, Any]:
+def _score(objective: Regress, said: Sequence[Said], line: Line, *, top: int = 0) -> dict[str, Any]:
     score = float(said[0].reshape(-1)[0])
     return {"predicted": score} | ({} if line.label is None else {"loss": (score - float(line.rows[0]["label"])) ** 2})
 

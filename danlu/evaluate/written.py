@@ -145,7 +145,8 @@ class Written:
 
     def told(self) -> list[str]:
         """Return the lines below the table."""
-        lines = [_("{rows} answers, the likeliest token at each place, {precision}").format(rows=self.rows, precision=self.precision),
+        lines = [_("{rows} answers, the likeliest token at each place, {precision}").format(
+            rows=self.rows, precision=self.precision),
                  _("intervals: bootstrap over rows")]
         if self.unended:
             lines.append(_("{n} answers did not end within the tokens they may have").format(n=self.unended))

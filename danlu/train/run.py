@@ -13,10 +13,10 @@ from torch import Tensor
 
 from danlu import files, parallel, report
 from danlu.errors import ConfigError
-from danlu.evaluate import rows
 from danlu.evaluate.judge import RESAMPLES, Said, can_judge, judge
 from danlu.evaluate.judge import require as require_metrics
 from danlu.evaluate.loss import Loss, measure, predicted_bytes
+from danlu.evaluate.rows import leave
 from danlu.generate import generate
 from danlu.log import Metrics, say, silence
 from danlu.models.decoder import DecoderModel
@@ -94,7 +94,7 @@ def leave_results(run: Run, work: Work) -> None:
     if layout.tp * layout.pp * layout.cp > 1 or work.model.sharded:
         say(_("no process has the whole model; for predictions: danlu eval {out}").format(out=run.out))
         return
-    rows.leave(run.out, device=work.engine.device, precision="fp32")
+    leave(run.out, device=work.engine.device, precision="fp32")
 
 
 def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Loss | None:

@@ -32,7 +32,8 @@ def main(run: Path, *, system: str | None, max_new_tokens: int, temperature: flo
     if not isinstance(model, DecoderModel) or not model.cfg.lm:
         raise ConfigError(_("this model does not write; give a decoder with a vocabulary"), where=str(run))
     model.use(paths.rule(device, model.embed.weight.dtype, model.cfg.context, causal=True))
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
+                "seed": seed}
     if max_new_tokens < 1:
         raise ConfigError(_("max_new_tokens must be at least 1"))
     talk = Talk(model, subject.tokenizer, template_of(subject), max_new_tokens, sampling, system or "")
@@ -144,12 +145,12 @@ class Talk:
             del self.turns[:2 if len(self.turns) > 2 else 1]
             dropped, ids = dropped + 1, self.ids()
         if dropped:
-            say(_("(the conversation has outgrown the context of {n} tokens: {dropped} of the oldest exchanges are dropped)").format(
-                n=context, dropped=dropped))
+            say(_("(the conversation has outgrown the context of {n} tokens; of the oldest exchanges {dropped} are dropped)")
+                .format(n=context, dropped=dropped))
         return ids if len(ids) < context else []
 
     def answer(self, line: str) -> Iterator[str]:
-        """Yield the answer to what the user says, as it is written, in whole characters.  Raises Unusable, and forgets the line."""
+        """Yield the answer to what the user says, as it is written, in whole characters.  Raises Unusable."""
         self.last, self.new, self.written = None, [], ""
         self.turns.append(Turn("user", line))
         try:

@@ -13,7 +13,8 @@ import torch
 from danlu import files, parallel
 from danlu.data.stream import Overlong
 from danlu.errors import ConfigError
-from danlu.evaluate import rows, run as on_text, written
+from danlu.evaluate import rows, written
+from danlu.evaluate import run as on_text
 from danlu.evaluate.lines import named, source
 from danlu.evaluate.record import merged, show
 from danlu.evaluate.subject import Subject, open_subject
@@ -77,7 +78,7 @@ def _of_answers(subject: Subject, data: str | None, how: rows.How, writing: writ
                                 write=write)
 
 
-def _of_text(subject: Subject, data: str | None, how: rows.How, device: torch.device, out: Path | None,  # noqa: PLR0913, PLR0917
+def _of_text(subject: Subject, data: str | None, how: rows.How, device: torch.device, out: Path | None,  # noqa: PLR0917
              samples: Path | None, *, sample_by: str, text: str, task: str | None, as_json: bool) -> int:
     """Print loss and perplexity: of text, or of the answers in conversations."""
     raw = data is not None and not on_text.is_prepared(data)

@@ -24,7 +24,7 @@ from danlu.log import say
 from danlu.verbs.eval import by_role
 from danlu.words import _
 
-Write = Callable[[dict[str, Any]], None]
+Write = Callable[[dict[str, Any], bool], None]           # a record, and whether it has no error
 HELD = 1000
 
 
@@ -48,23 +48,23 @@ def main(run: Path, *, data: str | None, text: str | None, pair: str | None, out
     count, wrong = 0, 0
     with writing(out) as write:
         lines = read(source(data, task.subject.run, format=format, encoding=encoding), task.reading(how, unlabelled=True))
-        for record in records(task, lines, top=top_k):
-            write(record)
+        for record, good in records(task, lines, top=top_k):
+            write(record, good)
             count += 1
-            wrong += "error" in record
+            wrong += not good
     say(_("{n} rows").format(n=count) + (f" → {out}" if out is not None else ""))
     if wrong:
         say(_("warning: {n} rows could not be read; `error` says why").format(n=wrong))
     return 0
 
 
-def records(task: rows.Task, lines: Iterator[Line], *, top: int) -> Iterator[dict[str, Any]]:
-    """Yield every row, its columns as they stand in the file, with prediction and probability, or with an error."""
+def records(task: rows.Task, lines: Iterator[Line], *, top: int) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield every row, its columns as they stand in the file, with what the model says and True, or an error and False."""
     for line, outs in rows.answered(task, lines):
         if line.reason:
-            yield joined(line.columns, {"error": f"{line.file}:{line.line}: {line.reason}: {line.detail}"})
+            yield joined(line.columns, {"error": f"{line.file}:{line.line}: {line.reason}: {line.detail}"}), False
         else:
-            yield joined(line.columns, of_user(tell(task.objective, outs, line, top=top)))
+            yield joined(line.columns, of_user(tell(task.objective, outs, line, top=top))), True
 
 
 def of_user(told: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def plain(told: dict[str, Any]) -> str:
 def writing(out: Path | None) -> Iterator[Write]:
     """Yield what writes a record: to stdout as JSON lines, or to a file that appears when all is written."""
     if out is None:
-        yield lambda record: print(in_json(record))
+        yield lambda record, good: print(in_json(record))
         sys.stdout.flush()
     elif out.suffix in (".csv", ".tsv"):
         with files.text_growing(out) as file:
@@ -114,7 +114,7 @@ def writing(out: Path | None) -> Iterator[Write]:
             table.close()
     elif out.suffix in (".jsonl", ".json", ".ndjson"):
         with files.text_growing(out) as file:
-            yield lambda record: print(in_json(record), file=file)
+            yield lambda record, good: print(in_json(record), file=file)
     else:
         raise ConfigError(_("the name does not show the format"), where=str(out), fix=_("call it .jsonl, .csv or .tsv"))
 
@@ -143,18 +143,19 @@ class Table:
         self.names: list[str] = []
         self.held: list[dict[str, Any]] = []             # rows at fault before the columns are known
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any], good: bool) -> None:
         """Write a record.  Raises DataError if it has a column that the first one lacks."""
         self.held.append(record)
-        if self.names or "error" not in record:
+        if self.names or good:
             self.flush()
         elif len(self.held) > HELD:
-            raise DataError(_("none of the first {n} rows can be read: {why}").format(n=HELD, why=record["error"]), where=self.where)
+            raise DataError(_("none of the first {n} rows can be read: {why}").format(n=HELD, why=list(record.values())[-1]),
+                            where=self.where)
 
     def flush(self) -> None:
+        """Write what is held; the last of it names the columns, if they are not known."""
         if not self.names:
-            known = next((one for one in self.held if "error" not in one), {})
-            self.names = list(dict.fromkeys([*known, *(name for one in self.held for name in one), "error"]))
+            self.names = list(dict.fromkeys([*self.held[-1], *(name for one in self.held for name in one), "error"]))
             self.writer.writerow(self.names)
         for record in self.held:
             stray = [name for name in record if name not in self.names]
