@@ -144,7 +144,7 @@ class Talk:
         while len(ids) + room > context and len(self.turns) > 1:
             del self.turns[:2 if len(self.turns) > 2 else 1]
             dropped, ids = dropped + 1, self.ids()
-        if dropped:
+        if dropped and len(ids) < context:
             say(_("(the conversation has outgrown the context of {n} tokens; of the oldest exchanges {dropped} are dropped)")
                 .format(n=context, dropped=dropped))
         return ids if len(ids) < context else []
@@ -152,14 +152,14 @@ class Talk:
     def answer(self, line: str) -> Iterator[str]:
         """Yield the answer to what the user says, as it is written, in whole characters.  Raises Unusable."""
         self.last, self.new, self.written = None, [], ""
+        before, ids = list(self.turns), list[int]()
         self.turns.append(Turn("user", line))
         try:
             ids = self.fitted()
-        except Unusable:
-            self.turns.pop()
-            raise
+        finally:
+            if not ids:
+                self.turns = before
         if not ids:
-            self.turns.pop()
             say(_("(this does not fit the model's context of {n} tokens)").format(n=self.model.cfg.context))
             return iter(())
         self.prompt = len(ids)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from cli import command, environment
+
 from danlu import cli
 from danlu.errors import DataError
 from danlu.evaluate import rows
 from danlu.evaluate.lines import read, source
 from danlu.evaluate.subject import open_subject
+
 from . import small
 
 transformers = pytest.importorskip("transformers")
@@ -46,7 +47,8 @@ def logits(folder: Path, texts: list[Any], length: int = 64) -> np.ndarray:
         parts = (text,) if isinstance(text, str) else tuple(text)
         types = {"return_token_type_ids": True} if len(parts) > 1 else {}
         with torch.no_grad():
-            found.append(model(**tokenizer(*parts, truncation=True, max_length=length, return_tensors="pt", **types)).logits[0].numpy())
+            given = tokenizer(*parts, truncation=True, max_length=length, return_tensors="pt", **types)
+            found.append(model(**given).logits[0].numpy())
     return np.stack(found).astype(np.float64)
 
 
@@ -183,7 +185,8 @@ def test_predictions_as_a_table_and_from_a_pipe(run: Path, tmp_path: Path, capsy
     assert [one.get("prediction", "") for one in piped] == [one["prediction"] for one in told]
     assert cli.main(["predict", str(run), "--text", "fine, \"warm\" day", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
-    assert one["prediction"] == told[0]["prediction"] and one["probability"] == pytest.approx(float(told[0]["probability"]), abs=1e-6)
+    assert one["prediction"] == told[0]["prediction"]
+    assert one["probability"] == pytest.approx(float(told[0]["probability"]), abs=1e-6)
 
 
 def test_predicting_needs_no_label_and_looks_at_none(run: Path, tmp_path: Path) -> None:
@@ -227,7 +230,8 @@ def test_kinds_of_tasks_against_transformers(problem: str, tmp_path: Path) -> No
                      if problem == "pair" else {"text": text} | kind)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given), encoding="utf-8")
-    objective: Any = {"multi": {"kind": "classify", "several": True}, "score": {"kind": "regress"}}.get(problem, {"kind": "classify"})
+    objective: Any = {"multi": {"kind": "classify", "several": True}, "score": {"kind": "regress"}}.get(
+        problem, {"kind": "classify"})
     out = small.trained(tmp_path, start, str(path), objective=objective, steps=10, length=64)
     folder = open_subject(out).folder
     record, told = evaluated(out, tmp_path, "--data", path)
