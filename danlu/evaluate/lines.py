@@ -200,7 +200,7 @@ def prepared(folder: Path, split: str, tokenizer: Tokenizer, objective: Objectiv
         for plan, _after in islice(rows.plans(rows.begin()), rows.rows(0)):
             row = _renumbered(rows.read(plan), table, shards, plan.pieces[0][0])
             file, _colon, line = shards.where(plan.pieces[0][0]).rpartition(":")
-            borders = np.cumsum(row["parts"])[:-1] if "parts" in row else []
+            borders = np.cumsum(row["parts"])[:-1] if "parts" in row else np.zeros(0, np.int64)
             said = [tokenizer.decode(part, special=False) for part in np.split(row["ids"], borders) if len(part)]
             yield Line(file, int(line), {}, said[0] if len(said) == 1 else said, _name(row, objective), rows=(row,))
 

@@ -49,7 +49,7 @@ def _several(logits: Said, labels: Sequence[str], truth: np.ndarray | None, top:
     """Return the labels that are predicted; probability: of each of them; sure: of the least sure decision, either way."""
     sure = 1 / (1 + np.exp(-logits))
     there = np.flatnonzero(sure >= THRESHOLD)
-    told: dict[str, Any] = {"predicted": [labels[i] for i in there], "probability": [float(sure[i]) for i in there],
+    told: dict[str, Any] = {"predicted": [labels[int(i)] for i in there], "probability": [float(sure[i]) for i in there],
                             "sure": float(np.maximum(sure, 1 - sure).min())}
     if truth is not None:
         told["loss"] = float((np.logaddexp(0, logits) - truth * logits).mean())
