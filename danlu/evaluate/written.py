@@ -70,7 +70,8 @@ def answers(item: Input, names: Mapping[str, str]) -> bool:
 def template_of(subject: Subject) -> chat.Template:
     """Return the chat template that the model was trained with."""
     given = subject.run.chat.template if subject.run is not None else None
-    return chat.Template.load(subject.tokenizer, given if given is not None and given.exists() else subject.folder)
+    kept = (subject.folder / "chat_template.jinja").is_file()            # with the weights, and so what they were trained with
+    return chat.Template.load(subject.tokenizer, subject.folder if kept or given is None else given)
 
 
 def documents(subject: Subject, item: Input, names: Mapping[str, str]) -> Iterator[Document]:
