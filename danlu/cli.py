@@ -43,8 +43,10 @@ def _verbs() -> dict[str, Verb]:
                        options=_verify_options, starts=True),
         "rehearse": Verb("danlu.verbs.rehearse", _("every process of a layout, on one CPU: memory, messages"),
                          _rehearse, recipe=True, options=_rehearse_options),
-        "eval": Verb("danlu.evaluate.run", _("perplexity and bits per byte, with intervals"), _eval),
+        "eval": Verb("danlu.verbs.eval", _("figures of a task, answers, perplexity, bits per byte, with intervals"), _eval),
+        "predict": Verb("danlu.verbs.predict", _("what a model of a task says of new rows"), _predict),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), _generate),
+        "chat": Verb("danlu.verbs.chat", _("talk with a model"), _chat),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), _inspect),
         "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), _report),
         "ckpt": Verb("danlu.verbs.ckpt", _("list, verify or hash checkpoints"), _ckpt),
@@ -260,15 +262,56 @@ def _quickstart(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
-    parser.add_argument("--data", help=_("text files (as `prepare` reads them) or a prepared folder; default: the run's own"))
+    parser.add_argument("--data", help=_("files of rows or of text, or a prepared folder; default: what the run holds out"))
     parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
     parser.add_argument("--sample-by", "--sample_by", default="line", choices=["line", "paragraph", "document"],
                         help=_("what one document is in a txt file"))
     parser.add_argument("--text", default="text", help=_("column of the text in jsonl, csv and parquet files"))
+    parser.add_argument("--label", help=_("column of the label"))
+    _rows(parser)
+    parser.add_argument("--task", choices=["text", "chat", "generate"],
+                        help=_("of a decoder: loss of text, loss of answers, answers it writes (default: seen from the rows)"))
+    parser.add_argument("--generate", dest="task", action="store_const", const="generate", help=_("the same as --task generate"))
+    parser.add_argument("--answer-after", "--answer_after",
+                        help=_("the final answer is what follows this pattern, for example '####'"))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help=_("tokens of an answer (default: 256)"))
+    parser.add_argument("--out", type=Path, help=_("write the result as JSON"))
+    parser.add_argument("--samples", type=Path, help=_("write each row or document with what was found, as JSON lines"))
+
+
+def _rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=_("columns by role, as in a recipe"))
+    parser.add_argument("--encoding", help=_("encoding of the file, for example gb18030 (default: the recipe's)"))
+    parser.add_argument("--format", choices=["txt", "jsonl", "json", "csv", "tsv", "conll", "parquet"],
+                        help=_("format of the file (default: by its name)"))
+    parser.add_argument("--overlong", choices=["error", "cut", "drop", "split"],
+                        help=_("what becomes of rows that are too long (default: as the recipe says)"))
     parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
-    parser.add_argument("--out", type=Path, help=_("write the result as JSON"))
-    parser.add_argument("--samples", type=Path, help=_("write the figures of each document as JSON lines"))
+    parser.add_argument("--batch", type=int, help=_("most rows computed at a time"))
+
+
+def _predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--data", help=_("files of rows without labels; - reads JSON lines from stdin"))
+    parser.add_argument("--text", help=_("one text, in place of --data"))
+    parser.add_argument("--pair", help=_("the text that belongs to it"))
+    parser.add_argument("--out", type=Path, 
+                        help=_("file to write, jsonl, csv or tsv by its name (default: JSON lines to stdout)"))
+    parser.add_argument("--top-k", "--top_k", type=int, default=0, help=_("also list so many of the likeliest classes"))
+    _rows(parser)
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--system", help=_("what the model is told before anything else"))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512, help=_("most tokens of an answer"))
+    parser.add_argument("--temperature", type=float, default=0.7, help=_("0 = always the likeliest"))
+    parser.add_argument("--top-k", "--top_k", type=int, help=_("choose among the k likeliest"))
+    parser.add_argument("--top-p", "--top_p", type=float, help=_("choose among the likeliest that make up p"))
+    parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
+                        help=_("above 1: tokens already there become less likely"))
+    parser.add_argument("--seed", type=int, default=0, help=_("same seed, same text"))
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:

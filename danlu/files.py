@@ -7,10 +7,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from danlu.errors import ConfigError, ResourceError, SecurityError
 from danlu.words import _
@@ -101,6 +101,30 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def rewrite_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Replace a file of JSON lines, atomically."""
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that writes a value as a JSON line; the file is `path` when the block ends well, and else never."""
+    with text_growing(path) as file:
+        yield lambda value: print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=file)
+
+
+@contextmanager
+def text_growing(path: Path) -> Iterator[TextIO]:
+    """Yield a file to write to, which is `path` when the block ends well, and else never."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
 
 
 @contextmanager

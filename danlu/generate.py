@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from danlu import chance
+from danlu.data import chat
+from danlu.data.example import Turn
+from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError
 from danlu.models.decoder import DecoderModel
 from danlu.nn.cache import Cache
@@ -102,6 +105,14 @@ def keep_probable(logits: Tensor, p: float | None) -> Tensor:
     improbable = values.softmax(-1).cumsum(-1) <= 1 - p
     improbable[-1] = False                                      # the likeliest always stays
     return logits.masked_fill(torch.zeros_like(improbable).scatter(0, order, improbable), -torch.inf)
+
+
+def endings(template: chat.Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer: the last that a template lets the model learn of one, if special, and eos."""
+    ids, weights = chat.encode(chat.render(template, (Turn("user", "a"), Turn("assistant", "b")), generate=False), tokenizer)
+    learned = ids[weights > 0]
+    last = [int(learned[-1])] if len(learned) and tokenizer.special.reserved[learned[-1]] else []
+    return tuple(dict.fromkeys([*last, *([] if tokenizer.special.eos is None else [tokenizer.special.eos])]))
 
 
 def text(ids: Iterable[int], decode: Callable[[Sequence[int]], str], *, stop: Sequence[str] = ()) -> Iterator[str]:

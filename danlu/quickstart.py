@@ -28,7 +28,8 @@ from danlu import chance, config, files, parallel, report
 from danlu.data.prepare import Prepare, prepare
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, DataError, NumericError, Stopped
-from danlu.evaluate.run import Result, Subject, evaluate, open_subject, read_prepared
+from danlu.evaluate.run import Result, evaluate, read_prepared
+from danlu.evaluate.subject import Subject, open_subject
 from danlu.log import count, duration, say
 from danlu.models.build import build
 from danlu.models.decoder import Decoder

@@ -301,7 +301,8 @@ class Shards:
         total = np.zeros(classes, np.int64)
         for arrays in self._arrays:
             column = arrays[name]
-            total += column.sum(0) if column.ndim == 2 else np.bincount(column[column >= 0], minlength=classes)[:classes]
+            total += column.sum(0, dtype=np.int64) if column.ndim == 2 else np.bincount(
+                column[column >= 0], minlength=classes)[:classes]
         return total
 
     def document(self, number: int) -> Document:

@@ -16,6 +16,7 @@ from danlu.errors import ConfigError
 from danlu.evaluate.judge import RESAMPLES, Said, can_judge, judge
 from danlu.evaluate.judge import require as require_metrics
 from danlu.evaluate.loss import Loss, measure, predicted_bytes
+from danlu.evaluate.rows import leave
 from danlu.generate import generate
 from danlu.log import Metrics, say, silence
 from danlu.models.decoder import DecoderModel
@@ -78,10 +79,22 @@ def train(run: Run) -> Path:
             metrics.close()
     if world.main:
         receipt.finish(run.out, work.progress.evaluation | {"steps": work.progress.step, "tokens": work.progress.tokens})
+    leave_results(run, work)
     if run.report and world.main:
         say(_("report: {file}").format(file=report.write(run.out)))
     parallel.leave()
     return last
+
+
+def leave_results(run: Run, work: Work) -> None:
+    """Leave the figures and predictions of the held-out rows of a task in the run's folder, by its best checkpoint."""
+    layout = run.layout
+    if not can_judge(run.objective) or not work.engine.world.main or not work.progress.evaluation:
+        return
+    if layout.tp * layout.pp * layout.cp > 1 or work.model.sharded:
+        say(_("no process has the whole model; for predictions: danlu eval {out}").format(out=run.out))
+        return
+    leave(run.out, device=work.engine.device, precision="fp32")
 
 
 def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Loss | None:

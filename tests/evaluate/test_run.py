@@ -17,6 +17,7 @@ from danlu.data.tokenizer import Tokenizer, train
 from danlu.errors import ConfigError, DataError
 from danlu.evaluate import run as evaluation
 from danlu.evaluate.score import Document, score
+from danlu.evaluate.subject import open_subject
 from danlu.models import weights
 from danlu.models.build import build
 from danlu.models.decoder import Decoder
@@ -102,7 +103,7 @@ def test_a_decoder_scores_as_transformers_says(decoder: Path, tmp_path: Path,
 
 
 def test_every_token_is_predicted_once_however_rows_are_cut(decoder: Path) -> None:
-    subject = evaluation.open_subject(decoder)
+    subject = open_subject(decoder)
     ids = subject.tokenizer.encode(TEXTS[4])
     for length in (7, 16, 64):
         tally = score(subject.model, subject.tokenizer, [Document(ids, len(TEXTS[4]))], CausalLM(), length=length,
@@ -113,7 +114,7 @@ def test_every_token_is_predicted_once_however_rows_are_cut(decoder: Path) -> No
 
 
 def test_bos_gives_the_first_token_something_to_stand_on(decoder: Path) -> None:
-    subject = evaluation.open_subject(decoder)
+    subject = open_subject(decoder)
     ids = np.concatenate([[subject.tokenizer.special.eos], subject.tokenizer.encode("ab")])
     tally = score(subject.model, subject.tokenizer, [Document(ids, 2)], CausalLM(), length=16,
                   device=torch.device("cpu"))
@@ -121,7 +122,7 @@ def test_bos_gives_the_first_token_something_to_stand_on(decoder: Path) -> None:
 
 
 def test_weights_of_zero_are_not_counted_and_bytes_mean_nothing_then(decoder: Path) -> None:
-    subject = evaluation.open_subject(decoder)
+    subject = open_subject(decoder)
     ids = subject.tokenizer.encode(TEXTS[0])
     learn = np.ones(len(ids), np.float32)
     learn[:5] = 0
@@ -140,7 +141,7 @@ def test_an_encoder_scores_as_transformers_says(encoder: Path, tmp_path: Path,
     real = evaluation.score.__globals__["_measured"]
     monkeypatch.setitem(evaluation.score.__globals__, "_measured",
                         lambda m, o, batch: seen.append(batch) or real(m, o, batch))
-    result = evaluation.evaluate(evaluation.open_subject(encoder), evaluation.read_text(
+    result = evaluation.evaluate(open_subject(encoder), evaluation.read_text(
         str(held_out(tmp_path)), Tokenizer.load(encoder), sample_by="line", text="text"), task="t", length=32)
     for batch in seen:
         attend = batch["segments"] > 0 if "segments" in batch else torch.ones_like(batch["ids"])
@@ -162,12 +163,12 @@ def test_an_encoder_scores_as_transformers_says(encoder: Path, tmp_path: Path,
 
 def test_refusals_name_the_remedy(decoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="context"):
-        evaluation.evaluate(evaluation.open_subject(decoder), iter([]), task="t", length=65)
+        evaluation.evaluate(open_subject(decoder), iter([]), task="t", length=65)
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
-        evaluation.open_subject(decoder).held_out()
+        open_subject(decoder).held_out()
     (tmp_path / "one.txt").write_text("")
     with pytest.raises(DataError, match="no token"):
-        evaluation.evaluate(evaluation.open_subject(decoder), evaluation.read_text(
+        evaluation.evaluate(open_subject(decoder), evaluation.read_text(
             str(tmp_path / "one.txt"), Tokenizer.load(decoder), sample_by="line", text="text"), task="t")
 
 

@@ -1,0 +1,105 @@
+"""What is judged or used: a model with its tokenizer, and the recipe it was trained by, if it has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from danlu import config, files
+from danlu.data.tokenizer import Tokenizer
+from danlu.errors import ConfigError, IncompatibleError
+from danlu.models import weights
+from danlu.models.decoder import Decoder
+from danlu.models.encoder import Encoder
+from danlu.nn.tasks import Head
+from danlu.objectives import CausalLM, Classify, Mixture, Objective, Regress
+from danlu.train import checkpoint
+from danlu.train.recipe import Run
+from danlu.words import _
+
+LENGTH = 2048                                            # longest row where neither the user nor a recipe says one
+
+
+@dataclass
+class Subject:
+    """What is judged: a model with its tokenizer, and the recipe it was trained by, if it has one."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    model: nn.Module
+    run: Run | None
+
+    @property
+    def cfg(self) -> Decoder | Encoder:
+        """The shape of the model."""
+        cfg: Any = self.model.cfg
+        assert isinstance(cfg, Decoder | Encoder)
+        return cfg
+
+    def held_out(self) -> list[tuple[str, str]]:
+        """Return the (folder, split) that the recipe holds out.  Raises ConfigError if there is none."""
+        if self.run is None:
+            raise ConfigError(_("there is nothing to evaluate on"), where=str(self.folder),
+                              fix="danlu eval RUN --data heldout.txt")
+        named: list[tuple[str, str]] = [(str(s.folder), s.split) for s in self.run.eval]
+        return named or [(str(s.folder), "val") for s in self.run.data]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row: the recipe's, or the model's context within reason."""
+        return self.run.length if self.run is not None else min(LENGTH, self.cfg.context)
+
+    @property
+    def task(self) -> Objective | None:
+        """What the model's one head of a task was trained on, every row counting alike; None where it has no such head."""
+        heads = self.cfg.tasks
+        if not heads:
+            return None
+        if self.run is None:
+            if len(heads) > 1:
+                raise IncompatibleError(_("the model has several heads of tasks: {names}").format(
+                    names=", ".join(head.name for head in heads)), where=str(self.folder))
+            return objective_of(heads[0], str(self.folder))
+        objective: Any = self.run.objective
+        if isinstance(objective, Classify):
+            return objective.model_copy(update={"labels": objective.labels or heads[0].labels, "class_weights": "none"})
+        return objective                                 # type: ignore[no-any-return]
+
+    @property
+    def objective(self) -> Objective:
+        """What is measured: a decoder's plain cross-entropy, an encoder's objective as it was trained on."""
+        if isinstance(self.cfg, Decoder):
+            return CausalLM.model_validate({})
+        if self.run is not None:
+            return self.run.objective
+        known = {"mlm": "masked_lm", "nsp": "next_sentence", "sop": "sentence_order"}
+        parts = [{"objective": {"kind": known[name]}} for name in self.cfg.outputs or ()]
+        if not parts:
+            raise IncompatibleError(_("the model has no head that could be evaluated"), where=str(self.folder))
+        return Mixture.model_validate({"parts": tuple(parts)})
+
+
+def objective_of(head: Head, where: str) -> Objective:
+    """Return the objective that a head without a recipe was made for.  Raises IncompatibleError."""
+    if head.kind != "classify":
+        raise IncompatibleError(_("what a head of kind {kind} was trained on is not known without its run").format(
+            kind=head.kind), where=where, fix=_("give the run folder"))
+    if head.problem != "regression":
+        return Classify(name=head.name, several=head.problem == "multi", labels=head.labels)
+    if head.size > 1:
+        raise IncompatibleError(_("a regression of {n} numbers is not supported").format(n=head.size), where=where)
+    return Regress(name=head.name)
+
+
+def open_subject(path: Path) -> Subject:
+    """Return the model of a run (its best checkpoint), of a checkpoint or of a Hugging Face folder."""
+    folder = checkpoint.chosen(path)
+    manifest = next((f / "manifest.json" for f in (folder, folder.parent) if (f / "manifest.json").is_file()), None)
+    told = files.read_json(manifest)["run"] if manifest is not None else None
+    if told is not None and told.get("start") is not None:
+        told = told | {"model": None}                    # filled in by the run, and beside it a recipe may not say it
+    recipe = config.validate(Run, told) if told is not None else None
+    return Subject(folder, Tokenizer.load(folder), weights.load(folder), recipe)
