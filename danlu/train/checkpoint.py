@@ -28,7 +28,7 @@ from danlu import files, tensorfile
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.fault import fault
 from danlu.log import say
-from danlu.models import weights
+from danlu.models import hub, weights
 from danlu.nn import placed
 from danlu.parallel import World
 from danlu.train.shards import Crew, Parts, sizes, wrap, write
@@ -294,8 +294,10 @@ def _told_damage(path: Path) -> bool:
 def chosen(path: Path) -> Path:
     """Return the folder with weights that `path` means: itself, or of a run the best checkpoint, else the newest.
 
-    Averaged weights are preferred where a run has them.  Raises IncompatibleError if it is damaged.
+    A name on a hub (owner/name) is fetched.  Averaged weights are preferred where a run has them.  Raises IncompatibleError if it is damaged.
     """
+    if hub.is_name(path):
+        return hub.fetch(path.as_posix())
     if not (path / "config.json").is_file():
         whole = [each for each in reversed(listing(path)) if not _told_damage(each)]
         if not whole:

@@ -7,6 +7,7 @@ again, by every process of the run and when it goes on.
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Maker:
         folder = run.out / "data" / f"{Path(source.path.partition('#')[0]).stem or 'rows'}-{key[:12]}"
         if (folder / "manifest.json").is_file():
             return folder
+        shutil.rmtree(folder, ignore_errors=True)        # one that was refused
         told = examples.make(folder, item, run.objective.wants, names, by, place=place, seed=run.seed,
                              facts={"task": {"kind": run.objective.kind, "want": run.objective.wants}, "config": settings})
         try:
