@@ -65,7 +65,8 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    mixed: NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+    return mixed
 
 
 def first_of(keys: NDArray[np.uint64]) -> Array:
@@ -97,7 +98,8 @@ def _pairs(given: Rows) -> tuple[Array, NDArray[np.uint64]]:
 def _once(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return the values in order, each once; np.unique is several times as slow."""
     values = np.sort(values)
-    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
+    once: NDArray[np.uint64] = values[np.append(True, values[1:] != values[:-1])[: len(values)]]
+    return once
 
 
 class Index(NamedTuple):
