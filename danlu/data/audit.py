@@ -21,8 +21,8 @@ from danlu.data.shards import Shards
 from danlu.data.stream import Overlong
 from danlu.data.tokenizer import Tokenizer
 
-TOKENS = 1 << 24                                         # ids that are looked at, of one source
-NEAR = 1 << 22                                           # ids of rows that are compared for being nearly the same
+TOKENS = 1 << 23                                         # ids that are looked at, of one source
+NEAR = 1 << 21                                           # ids of rows that are compared for being nearly the same
 LONGEST = 1 << 20                                        # ids of one document that are looked at
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 REJECTS = 100_000                                        # lines that are looked through for examples

@@ -19,8 +19,9 @@ from danlu.data.shards import Shards
 from danlu.data.tokenizer import Tokenizer, train
 
 Rows = list[dict[str, Any]]
+METALS = ("lead", "gold", "silver", "copper", "tin", "mercury", "iron", "salt", "sulphur", "smoke", "ash", "coal", "fire", "lime")
 TEXTS = [f"the film number {i} is {'good' if i % 2 else 'bad'} and {'long' if i % 3 else 'short'} as {word} says" for i, word in
-         enumerate("furnace lead gold silver copper tin mercury iron salt sulphur smoke ash coal fire".split() * 2)]
+         enumerate(METALS * 2)]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +46,15 @@ def write(path: Path, rows: Rows) -> Path:
 def recipe(folder: Path, tokenizer: Path, **changes: Any) -> Path:
     base = {"out": str(folder / "run"), "data": str(folder / "train.jsonl"), "tokenizer": str(tokenizer), "objective": "classify",
             "model": {"kind": "encoder", "width": 16, "layers": 1, "heads": 2, "context": 64},
-            "optim": {"kind": "adamw", "lr": 1e-3}, "schedule": "linear", "steps": 2, "rows": 4, "length": 64, "precision": "fp32", "threads": 1, "device": "cpu"}
+            "optim": {"kind": "adamw", "lr": 1e-3}, "schedule": "linear",
+            "steps": 2, "rows": 4, "length": 64, "precision": "fp32", "threads": 1, "device": "cpu"}
     path = folder / "r.yaml"
     path.write_text(yaml.safe_dump(base | changes), encoding="utf-8")
     return path
 
 
 def speaking(folder: Path, tokenizer: Path, **changes: Any) -> Path:
-    model = {"kind": "decoder", "family": "llama", "width": 16, "layers": 1, "heads": 2, "context": 64}
+    model = {"kind": "decoder", "family": "llama", "width": 16, "layers": 1, "heads": 2, "context": 512}
     return recipe(folder, tokenizer, objective="causal_lm", model=model, held_out=0.0, **changes)
 
 
@@ -119,6 +121,18 @@ def test_conversations_without_fault_pass(tmp_path: Path, tokenizer: Path, audit
     assert told.record["parts"][0]["learned"] == pytest.approx(learned / sum(len(row["input_ids"]) for row in rows))
 
 
+def test_chats_rendered_here_learn_their_ends(tmp_path: Path, tokenizer: Path, audited: Any) -> None:
+    rows = [{"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": "yes"},
+                          {"role": "user", "content": "why"}, {"role": "assistant", "content": f"for {i} reasons"}]}
+            for i, row in enumerate(labelled(8))]
+    path = write(tmp_path / "train.jsonl", rows)
+    told = audited(speaking(tmp_path, tokenizer, length=512))
+    assert told.code == 0 and 0 < told.record["parts"][0]["learned"] < 0.5, told.findings
+    rows[4]["messages"][3]["content"] = ""
+    write(path, rows)
+    audited(tmp_path / "r.yaml").names("left_out", f"{path}:5")
+
+
 @pytest.mark.parametrize("fault", ["masked", "unended", "double_bos", "empty_answer"])
 def test_faults_of_conversations_are_named_with_their_row(tmp_path: Path, tokenizer: Path, audited: Any, fault: str) -> None:
     rows, by = said(tokenizer), Tokenizer.load(tokenizer)
@@ -168,7 +182,7 @@ def test_a_label_that_training_never_saw_is_named(tmp_path: Path, tokenizer: Pat
     told = audited(recipe(tmp_path, tokenizer, eval=str(path)))
     told.names("left_out", f"{path}:5")
     assert "unseen_label" in told.findings["left_out"]["examples"][0]["text"]
-    assert danlu("train", recipe(tmp_path, tokenizer, eval=str(path))).clean().code == 3      # the folder it left is not trained on
+    assert danlu("train", recipe(tmp_path, tokenizer, eval=str(path))).clean().code == 3      # the folder is there
 
 
 def test_a_row_that_is_too_big_is_named(tmp_path: Path, tokenizer: Path, audited: Any,
