@@ -37,6 +37,7 @@ def _verbs() -> dict[str, Verb]:
         "prepare": Verb("danlu.verbs.prepare", _("files to shards, tokenizer and report"), _recipe, recipe=True),
         "train": Verb("danlu.verbs.train", _("a recipe to a trained, verified model"), _recipe, recipe=True, starts=True),
         "tune": Verb("danlu.verbs.tune", _("the best values of some keys, by trying"), _tune, recipe=True, options=_tune_options),
+        "audit": Verb("danlu.verbs.audit", _("what a run would really learn from"), _audit, recipe=True, options=_audit_options),
         "launch": Verb("danlu.verbs.launch", _("the job file of a recipe for SLURM or Kubernetes"), _launch, recipe=True,
                        options=_launch_options),
         "verify": Verb("danlu.verbs.verify", _("show that a layout changes nothing"), _verify, recipe=True,
@@ -215,6 +216,15 @@ def recipe_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, nargs="?", help=_("the YAML file"))
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=_("changes to it; --a.b c means the same"))
+
+
+def _audit(parser: argparse.ArgumentParser) -> None:
+    _audit_options(parser)
+    _recipe(parser)
+
+
+def _audit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=Path, help=_("write the audit to this file, too (default: audit.json of the run folder)"))
 
 
 def _launch(parser: argparse.ArgumentParser) -> None:

@@ -37,7 +37,8 @@ UNIONS = {                                               # name of the table -> 
 }
 SINGLE = {                                               # other definitions -> the heading they stand under
     "Source": "data", "Decoder": "decoder", "Encoder": "encoder", "Part": "parts", "Layout": "layout", "Local": "local",
-    "Every": "every", "Stop": "stop", "Guard": "guard", "Input": "inputs", "Clean": "clean", "Split": "split",
+    "Every": "every", "Stop": "stop", "Guard": "guard",
+    "Audit": "audit", "Input": "inputs", "Clean": "clean", "Split": "split",
 }
 WORDS = {
     "en": {

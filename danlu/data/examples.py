@@ -7,8 +7,8 @@ Which rows are held out depends on their content alone, and each class gives its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from danlu import files
-from danlu.data import detect, records, shards
+from danlu.data import detect, records, shards, suspect
 from danlu.data.blocks import Reject
 from danlu.data.encode import Encoder, Made, encode
 from danlu.data.example import Content, Labelled, Tagged, Unusable
@@ -192,8 +192,8 @@ def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Enc
             for made in rows:
                 made.columns.setdefault("example", np.int64(account.rows[split]))
                 store.add(split, made, bytes=row.bytes, file=number, line=row.line)
-                account.add(split, made, by)
-            account.end(split, classes(content))
+                account.add(split, made)
+            account.end(split, content, f"{row.file}:{row.line}")
         entries = store.close()
         told = account.record() | {"read": seen.read, "rejected": dict(seen.reasons), "examples": seen.rejects[:SHOWN]}
         files.rewrite_lines(temporary / "rejects.jsonl", seen.rejects)
@@ -208,6 +208,20 @@ def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Enc
 
 
 @dataclass
+class Flaw:
+    """Rows whose texts look wrong, and the first of them."""
+
+    rows: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, where: str, text: str) -> None:
+        """Count a row."""
+        self.rows += 1
+        if len(self.examples) < SHOWN:
+            self.examples.append({"where": where, "text": text})
+
+
+@dataclass
 class Account:
     """What was stored of each split."""
 
@@ -217,31 +231,28 @@ class Account:
     learned: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
-    unended: Counter[str] = field(default_factory=Counter)          # learned rows whose end is not learned
-    doubled: Counter[str] = field(default_factory=Counter)          # rows that begin with bos twice
+    flaws: dict[str, dict[str, Flaw]] = field(default_factory=dict)
     labels: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def add(self, split: str, made: Made, by: Encoder) -> None:
+    def add(self, split: str, made: Made) -> None:
         """Count a stored row."""
-        special = by.tokenizer.special
         self.documents[split] += 1
         self.tokens[split] += len(made.ids)
         self.learned[split] += len(made.ids) if made.weights is None else int((made.weights > 0).sum())
         self.cut[split] += made.cut > 0
         self.lost[split] += made.cut
-        if made.weights is not None and not made.weights[-2:].any():
-            self.unended[split] += 1
-        self.doubled[split] += special.bos is not None and (made.ids[:2] == special.bos).sum() == 2
 
-    def end(self, split: str, labels: Iterable[str]) -> None:
-        """Count a row of the source."""
+    def end(self, split: str, content: Content, where: str) -> None:
+        """Count a row of the source, with what looks wrong in its texts."""
         self.rows[split] += 1
-        self.labels.setdefault(split, Counter()).update(labels)
+        self.labels.setdefault(split, Counter()).update(classes(content))
+        for name, text in suspect.flaws(content):
+            self.flaws.setdefault(split, {}).setdefault(name, Flaw()).add(where, text)
 
     def record(self) -> dict[str, Any]:
         """Return the counts as JSON-ready values, by split."""
-        names = ("rows", "documents", "tokens", "learned", "cut", "lost", "unended", "doubled")
+        names = ("rows", "documents", "tokens", "learned", "cut", "lost")
         return {"splits": {split: {name: int(getattr(self, name)[split]) for name in names}
-                           | {"labels": dict(self.labels.get(split, {}))} for split in self.rows}}
-
-
+                           | {"labels": dict(self.labels.get(split, {})),
+                              "flaws": {name: asdict(flaw) for name, flaw in self.flaws.get(split, {}).items()}}
+                           for split in self.rows}}

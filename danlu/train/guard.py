@@ -2,8 +2,8 @@
 
 Watched in every run: no trainable token in a batch or a source · a loss that is exactly 0, not finite, or far above its
 history · a gradient of norm 0 · a learning rate that never leaves 0 · trained parameters that do not move · a checkpoint
-that does not reload to the same loss · evaluation rows that stand in the training data · a resumed run whose losses are
-not the recorded ones.
+that does not reload to the same loss · a resumed run whose losses are not the recorded ones.  What stands in the data is
+the audit's to look at.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.data.shards import Shards
 from danlu.data.stream import Position, Stream
 from danlu.errors import ConfigError, DataError, NumericError
 from danlu.parallel import World
@@ -126,40 +124,6 @@ def check_moved(before: Mapping[str, tuple[float, float]], leaves: Sequence[Leaf
         raise NumericError(
             _("{n} trained parameters have not moved: {names}").format(n=len(still), names=", ".join(still[:5])),
             where=_("step {step}").format(step=step), fix=_("freeze them, or raise optim.lr"))
-
-
-def overlap(train: Sequence[Shards], held_out: Shards, *, most: int = 100_000) -> tuple[int, int, list[int]]:
-    """Return (evaluation documents that also stand in `train`, documents compared, numbers of the first few).
-
-    Exact: documents are compared by a hash of their token ids; of a held-out part with more than `most` documents the
-    first `most` are looked for.
-    """
-    looked_for: dict[bytes, int] = {}
-    for number in range(min(held_out.documents, most)):
-        looked_for.setdefault(_hash(held_out.document(number).ids), number)
-    signatures = np.unique(held_out.signatures()[:most])
-    found: set[int] = set()
-    for shards in train:
-        for candidate in np.flatnonzero(np.isin(shards.signatures(), signatures)).tolist():
-            same = looked_for.get(_hash(shards.document(candidate).ids))
-            if same is not None:
-                found.add(same)
-    return len(found), len(looked_for), sorted(found)[:5]
-
-
-def _hash(ids: np.ndarray) -> bytes:
-    return blake2b(np.ascontiguousarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
-
-
-def check_overlap(train: Sequence[Shards], held_out: Shards, *, share: float) -> float:
-    """Return the share of evaluation documents that stand in the training data; raise DataError above `share`."""
-    same, of, first = overlap(train, held_out)
-    if same > share * of:
-        raise DataError(
-            _("{same} of {of} evaluation documents stand in the training data: {first} …").format(
-                same=same, of=of, first=", ".join(held_out.where(number) for number in first)),
-            where=f"{held_out.folder}/{held_out.split}", fix=_("prepare again with dedup: exact, or allow it with guard.overlap"))
-    return same / max(1, of)
 
 
 def check_replay(recorded: str | None, loss: float, *, step: int) -> None:

@@ -64,7 +64,7 @@ def _taken_in(run: Run) -> Run:
             held.append(source)
             continue
         item, names = _named(source, run.objective.wants)
-        made = Maker(run, by, 0.0).folder(source, item, names, lambda key, labels: "val")
+        made = Maker(run, by, 0.0, "val").folder(source, item, names, lambda key, labels: "val")
         held.append(source.model_copy(update={"split": "val", "prepared": made}))
     return run.model_copy(update={"data": tuple(data), "eval": tuple(held)})
 
@@ -80,17 +80,20 @@ class Maker:
     run: Run
     by: Encoder
     share: float
+    into: str = "train"                                  # where rows go that are not held out
 
     def folder(self, source: Source, item: Input, names: dict[str, str], place: Place) -> Path:
         """Return the folder, which now holds the rows of `source`."""
         run, by = self.run, self.by
         stamp = [[f.path, f.size, f.mtime] for f in resolve([item])]
         settings = {"want": run.objective.wants, "names": names, "length": by.length, "overlong": by.overlong,
-                    "share": self.share, "seed": run.seed, "labels": by.labels, "learn": by.learn,
+                    "share": self.share, "into": self.into, "seed": run.seed, "labels": by.labels, "learn": by.learn,
                     "tokenizer": by.tokenizer.sha256, "template": by.template.text if by.template is not None else None}
         key = files.digest({"files": stamp, "input": item.model_dump(mode="json"), **settings})
         folder = run.out / "data" / f"{Path(source.path.partition('#')[0]).stem or 'rows'}-{key[:12]}"
-        if (folder / "manifest.json").is_file():
+        if (folder / "manifest.json").is_file():         # an audit may have made it, which allows any share
+            told = files.read_json(folder / "audit.json")
+            refuse_rejects(source.path, told["read"], Counter(told["rejected"]), told["examples"], run.guard.rejects)
             return folder
         shutil.rmtree(folder, ignore_errors=True)        # one that was refused
         told = examples.make(folder, item, run.objective.wants, names, by, place=place, seed=run.seed,

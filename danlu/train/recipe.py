@@ -87,6 +87,32 @@ class Guard(Model):
     reload: bool = Field(True, description="Save, reload and compare before the first step.")
 
 
+class Audit(Model):
+    """What the audit allows, as shares of the rows.  What lies above stops the run if `stop` names it, and is told else."""
+
+    stop: tuple[Literal["near_overlap", "masked", "unended", "double_bos", "no_bos", "empty_answer", "duplicates",
+                        "near_duplicates", "contradictions", "cut", "unknown", "garbled", "markup", "rarest", "constant",
+                        "same_text", "alike_labels", "long", "padding"], ...] = Field(
+        ("masked", "unended", "double_bos", "empty_answer"),
+        description="Findings that stop the run; evaluation rows in the training data (guard.overlap) and unusable rows "
+        "(guard.rejects) always do.")
+    rows: int = Field(100_000, ge=1, description="Rows of a source that are looked at token by token, evenly spaced.")
+    masked: float = Field(0.0, ge=0, le=1, description="Rows without a token that carries loss.")
+    unended: float = Field(0.0, ge=0, le=1, description="Answers whose last learned token does not end them.")
+    double_bos: float = Field(0.0, ge=0, le=1, description="Rows that begin with bos twice.")
+    empty_answer: float = Field(0.0, ge=0, le=1, description="Answers of which only the end is learned.")
+    near_overlap: float = Field(0.0, ge=0, le=1, description="Evaluation rows that stand nearly so in the training data: "
+                                "the neighbouring pairs of their tokens have a Jaccard index of 0.8 or more.")
+    duplicates: float = Field(0.05, ge=0, le=1, description="Rows that stand there already, the same or nearly so.")
+    contradictions: float = Field(0.0, ge=0, le=1, description="Rows that stand there already with another class.")
+    cut: float = Field(0.05, ge=0, le=1, description="Documents that are cut, split or dropped because they are too long.")
+    unknown: float = Field(0.01, ge=0, le=1, description="Tokens that are unknown to the tokenizer.")
+    garbled: float = Field(0.0, ge=0, le=1, description="Texts with characters that another encoding has lost.")
+    markup: float = Field(0.05, ge=0, le=1, description="Texts that hold HTML.")
+    rarest: float = Field(0.02, ge=0, le=1, description="Share of the rarest class; less is told.")
+    padding: float = Field(0.5, ge=0, le=1, description="Places of batches that are padding.")
+
+
 def _metric(name: Any) -> Any:
     """Return the name of a metric as a run writes it: accuracy and eval_accuracy are eval/accuracy."""
     return f"eval/{name.removeprefix('eval_').removeprefix('eval/')}" if isinstance(name, str) else name
@@ -135,6 +161,7 @@ class Run(Model):
         "eval/loss", description="What the best checkpoint and early stopping go by.")
     stop: Stop | None = None
     guard: Guard = Guard()
+    audit: Audit = Audit()
     workers: int = Field(0, ge=0, description="Processes that make batches; 0 = this one.")
     threads: int | None = Field(
         None, gt=0, description="CPU threads; by default all cores. Part of what makes a run repeat to the bit.")

@@ -24,7 +24,7 @@ from danlu.models.build import build
 from danlu.nn import paths, placed
 from danlu.parallel import World
 from danlu.parallel.place import Placed, place
-from danlu.train import checkpoint, guard, receipt
+from danlu.train import audit, checkpoint, guard, receipt
 from danlu.train.feed import stream
 from danlu.train.loop import Plan, Progress
 from danlu.train.recipe import Run, Source
@@ -166,17 +166,22 @@ class Work:
     progress: Progress
 
 
+def training_rows(run: Run, data: Data) -> tuple[Stream | Mixed, int]:
+    """Return the rows that the run learns from, in their order, and the number of its steps."""
+    streams = [stream(s, run.objective, length=run.length, overlong=run.overlong, pack=run.packed,
+                      seed=chance.torch_seed(run.seed, "order", (i,)), group=run.step_rows if run.group_by_length else 0)
+               for i, s in enumerate(data.train)]
+    rows = streams[0] if len(streams) == 1 else Mixed(streams, data.shares, seed=run.seed)
+    return rows, run.steps or math.ceil(sum(s.rows(0) for s in streams) * (run.epochs or 1) / run.step_rows)
+
+
 def assemble(run: Run, data: Data, model: Placed) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
     engine = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
     optimizer = run.optim.build((leaf.name, leaf.local) for leaf in engine.leaves)
-    streams = [stream(s, run.objective, length=run.length, overlong=run.overlong, pack=run.packed,
-                      seed=chance.torch_seed(run.seed, "order", (i,)), group=run.step_rows if run.group_by_length else 0)
-               for i, s in enumerate(data.train)]
-    for source, part in zip(run.data, streams, strict=True):
+    rows, total = training_rows(run, data)
+    for source, part in zip(run.data, rows.streams if isinstance(rows, Mixed) else (rows,), strict=True):
         guard.check_source(part, source.path)
-    rows = streams[0] if len(streams) == 1 else Mixed(streams, data.shares, seed=run.seed)
-    total = run.steps or math.ceil(sum(s.rows(0) for s in streams) * (run.epochs or 1) / run.step_rows)
     guard.check_schedule(run.schedule, total)
     every = run.every
     plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
@@ -217,15 +222,14 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
 
 
 def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
-    """Write the receipt, say the plan, and look for evaluation rows in the training data: the first process, for all."""
+    """Audit the data, write the receipt and say the plan: the first process, for all.  Raises DataError."""
     if not work.engine.world.main:
         return
     parameters = sum(p.numel() for p in build(run.network).parameters())
-    shared = {}
-    for shards in data.held_out:
-        shared[str(shards.folder / shards.split)] = guard.check_overlap(data.train, shards, share=run.guard.overlap)
+    found = audit.audited(run, work.rows, data.train, data.held_out, data.tokenizer, total=work.plan.total)
+    audit.tell(found, run.out / "audit.json")
     receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.held_out)], tokenizer=data.tokenizer.sha256,
-                  parameters=parameters, choice=choice.record(), audit={"overlap": shared, "rows": work.rows.counts})
+                  parameters=parameters, choice=choice.record(), audit={**audit.digest(found), "rows": work.rows.counts})
     say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "
           "{threads} threads").format(
         model=run.network.kind, parameters=count(parameters), total=work.plan.total, rows=run.step_rows, length=run.length,
