@@ -66,10 +66,13 @@ class Stream:
     overlong: what becomes of a document that does not fit: `error`, `split` into pieces, `drop`, or `cut` its end off
     (with it goes the mark of the end).    partner: rows also get `other`, a piece of another document.
     group: unpacked rows of like length come together, `group` at a time, in groups at random: no place is wasted.
+    task: the number that rows bear as their `task`, where there are several.
     """
 
     def __init__(self, shards: Documents, *, length: int, overlap: int = 0, reserve: int = 0, overlong: Overlong,
-                 pack: bool, seed: int | None, window: int = 2048, partner: bool = False, group: int = 0) -> None:
+                 pack: bool, seed: int | None, window: int = 2048, partner: bool = False, group: int = 0,
+                 task: int | None = None) -> None:
+        self.task = task
         self.group = group if seed is not None and not pack else 0
         self.shards, self.length, self.reserve, self.overlap = shards, length, reserve, overlap
         self.overlong, self.pack, self.seed, self.window, self.partner = overlong, pack, seed, window, partner
@@ -108,7 +111,8 @@ class Stream:
     def fingerprint(self) -> str:
         """The hash of everything that the order and content of the rows depends on."""
         return files.digest([self.shards.fingerprint, self.length, self.overlap, self.reserve, self.overlong, self.pack,
-                             self.seed, self.window, self.partner, *([self.group] if self.group else [])])
+                             self.seed, self.window, self.partner, *([self.group] if self.group else []),
+                             *([f"task {self.task}"] if self.task is not None else [])])
 
     def rows(self, epoch: int) -> int:
         """Return the exact number of rows in an epoch."""
@@ -163,6 +167,8 @@ class Stream:
         documents = np.array([piece[0] for piece in plan.pieces])
         row: Row = {"ids": ids, "weights": weights, "segments": segments, "documents": documents,
                     "key": np.array(plan[:4])}
+        if self.task is not None:
+            row["task"] = np.array(self.task)
         if self.partner:
             row["other"] = self._other(plan)
         for name in self.shards.answers:

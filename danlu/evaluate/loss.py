@@ -39,7 +39,8 @@ class Loss:
         means = self.means()
         result = {f"{prefix}loss": self.total()}
         if len(self.terms) > 1:
-            result |= {f"{prefix}{name}_loss": float(value) for name, value in zip(self.terms, means, strict=True)}
+            result |= {f"{prefix}{name}_loss": float(value) for name, value in zip(self.terms, means, strict=True)
+                       if "/" not in name}               # a task's own are among its figures
         if self.terms[0] in ("lm", "mlm"):
             result[f"{prefix}perplexity"] = math.exp(min(float(means[0]), 700.0))
         if self.terms[0] == "lm" and self.bytes:

@@ -15,7 +15,7 @@ from danlu.models import weights
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.nn.tasks import Head
-from danlu.objectives import CausalLM, Classify, Mixture, Objective, Regress
+from danlu.objectives import CausalLM, Classify, Mixture, Objective, Regress, Tasks
 from danlu.train import checkpoint
 from danlu.train.recipe import Run
 from danlu.words import _
@@ -58,8 +58,8 @@ class Subject:
         heads = self.cfg.tasks
         if not heads:
             return None
-        if self.run is None:
-            if len(heads) > 1:
+        if self.run is None or isinstance(self.run.objective, Tasks):
+            if len(heads) > 1 or self.run is not None:
                 raise IncompatibleError(_("the model has several heads of tasks: {names}").format(
                     names=", ".join(head.name for head in heads)), where=str(self.folder))
             return objective_of(heads[0], str(self.folder))

@@ -165,8 +165,16 @@ def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path, *,
     No more is read than that, but the folder must hold the whole model, and every name and shape of it is checked.
     fresh: names that may be missing, or of another head; those of them that were not filled are returned.
     """
-    tensors, other = read_tensors(folder), read_config(folder).tasks != cfg.tasks
-    state = from_hf(cfg, tensors, where=str(folder), fresh=fresh, heads=not other)
+    tensors, there = read_tensors(folder), read_config(folder)
+    kept: dict[str, Tensor] = {}
+    if other := there.tasks != cfg.tasks:                # heads of both are kept, whatever their weights are called there
+        named = {_family(there).modern(there, name): name for name in tensors}
+        both = tuple(f"heads.{task.name}." for task in there.tasks if task in cfg.tasks)
+        for each in _family(there).names(there):
+            if each.theirs in named and any(ours.startswith("heads.") for ours in each.ours):
+                tensor = tensors.pop(named[each.theirs])
+                kept |= {each.ours[0]: tensor} if each.ours[0].startswith(both) else {}
+    state = from_hf(cfg, tensors, where=str(folder), fresh=fresh, heads=not other) | kept
     lacking = []
     for name, tensor in held.items():
         if name not in state and fresh(name):

@@ -32,7 +32,7 @@ class Head(Model):
     def _named(self) -> Head:
         if not self.name:
             object.__setattr__(self, "name", self.kind)
-        if self.name in ("lm", "mlm", "nsp", "sop"):
+        if self.name in ("lm", "mlm", "nsp", "sop") or hasattr(nn.ModuleDict(), self.name):
             raise ValueError(_("a head cannot be called {name}; choose another name").format(name=self.name))
         return self
 

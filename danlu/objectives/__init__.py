@@ -9,13 +9,15 @@ from danlu.objectives.lm import CausalLM, MaskedLM
 from danlu.objectives.mixture import Mixture, Part, spell_out
 from danlu.objectives.pairs import NextSentence, SentenceOrder
 from danlu.objectives.protocol import Batch, Objective, Row
+from danlu.objectives.tasks import Task, Tasks
 
 Objectives = Annotated[
-    Annotated[CausalLM | MaskedLM | NextSentence | SentenceOrder | Mixture | Classify | Regress, Field(discriminator="kind")],
+    Annotated[CausalLM | MaskedLM | NextSentence | SentenceOrder | Mixture | Classify | Regress | Tasks,
+              Field(discriminator="kind")],
     BeforeValidator(spell_out),
 ]
 
 __all__ = [
     "Batch", "CausalLM", "Classify", "MaskedLM", "Mixture", "NextSentence", "Objective", "Objectives", "Part", "Regress", "Row",
-    "SentenceOrder",
+    "SentenceOrder", "Task", "Tasks",
 ]

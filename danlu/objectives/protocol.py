@@ -26,6 +26,10 @@ class Objective(Protocol):
     """What is learned.  `loss` and `count` are sums, so any split of the rows gives the same total."""
 
     @property
+    def kind(self) -> str:
+        """What a recipe calls it."""
+
+    @property
     def terms(self) -> tuple[str, ...]:
         """Names of the summands."""
 

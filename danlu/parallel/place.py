@@ -45,6 +45,7 @@ class Placed:
                  span: Span | None = None) -> None:
         self.parts, self.world, self.roots, self.pipe, self.span = parts, world, roots, pipe, span
         self.call: nn.Module = roots[0]
+        self.fresh: frozenset[str] = frozenset()         # weights that the model to start from did not have
 
     @property
     def whole(self) -> Any:

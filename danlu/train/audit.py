@@ -17,6 +17,7 @@ from danlu.data.stream import SLOTS, Mixed, Stream
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import DataError
 from danlu.log import say
+from danlu.objectives.tasks import single
 from danlu.train.feed import stream
 from danlu.train.recipe import Audit, Run
 from danlu.words import _
@@ -34,7 +35,8 @@ def audited(run: Run, rows: Stream | Mixed, train: Sequence[Shards], held_out: S
     """
     streams = rows.streams if isinstance(rows, Mixed) else (rows,)
     key = files.digest([SCHEMA, rows.fingerprint, [s.fingerprint for s in held_out], run.audit.rows, run.step_rows, run.layout.dp,
-                        run.length, run.tight, total, [s.path for s in run.data], [s.path for s in run.eval]])
+                        run.length, run.tight, total, [s.path for s in run.data], [s.path for s in run.eval],
+                        *([[s.path for s in part] for part in list(run.named.values())[2:]] if run.continual else [])])
     before = run.out / "audit.json"
     found = files.read_json(before) if before.is_file() else {}
     if found.get("key") != key:
@@ -53,10 +55,12 @@ def audited(run: Run, rows: Stream | Mixed, train: Sequence[Shards], held_out: S
 
 def looked_at(run: Run, shards: Shards, its: Stream | None, tokenizer: Tokenizer) -> tuple[dict[str, Any], audit.Sample]:
     """Return the figures of one split of a source, and the rows they were made of.  its: rows, as the run makes them."""
-    its = its or stream(shards, run.objective, length=run.length, overlong=run.overlong, pack=run.packed, seed=None)
+    source = next((s for sources in run.named.values() for s in sources if s.folder == shards.folder), None)
+    task = source.task if source is not None else None
+    its = its or stream(shards, run.objective, task=task, length=run.length, overlong=run.overlong, pack=run.pack, seed=None)
     taken = audit.sample(shards, tokenizer, room=its.room, overlong=run.overlong, most=run.audit.rows)
-    name = next((source.path for source in (*run.eval, *run.data) if source.folder == shards.folder), str(shards.folder))
-    return audit.part(name, taken, counts=its.counts, room=its.room, says="lm" in run.objective.heads), taken
+    name, says = source.path if source is not None else str(shards.folder), "lm" in single(run.objective, task).heads
+    return audit.part(name, taken, counts=its.counts, room=its.room, says=says), taken
 
 
 def padding(run: Run, rows: Stream | Mixed) -> dict[str, int]:
@@ -79,7 +83,7 @@ def mixture(run: Run, rows: Stream | Mixed, streams: Sequence[Stream], total: in
     slots = np.bincount(rows.pattern, minlength=len(streams)) if isinstance(rows, Mixed) else np.array([SLOTS])
     return [{"source": source.path, "weight": source.weight, "share": int(n) / SLOTS, "rows": its.rows(0),
              "epochs": total * run.step_rows * int(n) / SLOTS / max(1, its.rows(0))}
-            for source, its, n in zip(run.data, streams, slots.tolist(), strict=True)]
+            for source, its, n in zip(run.learned, streams, slots.tolist(), strict=True)]
 
 
 def allowed(run: Run) -> dict[str, float]:

@@ -274,19 +274,16 @@ def newest(out: Path, *, hashes: bool = True) -> Path | None:
 
 def agreed(out: Path, world: World, *, hashes: bool = True) -> Path | None:
     """Return the newest whole checkpoint, the same in every process.  The first one sweeps, verifies and sets aside."""
-    def search() -> str | None:
+    def search() -> Path | None:
         sweep(out)
-        found = newest(out, hashes=hashes)
-        return found.name if found is not None else None
+        return newest(out, hashes=hashes)
 
-    name = Crew(world.saving).first(search)
-    return out / name if name is not None else None
+    return Crew(world.saving).first(search)
 
 
 def _told_damage(path: Path) -> bool:
     """Return whether a checkpoint is damaged, having said so."""
-    wrong = verify(path)
-    if wrong:
+    if wrong := verify(path):
         say(_("{checkpoint} is damaged and not used: {why}").format(checkpoint=path.name, why="; ".join(wrong)))
     return bool(wrong)
 
@@ -294,7 +291,7 @@ def _told_damage(path: Path) -> bool:
 def chosen(path: Path) -> Path:
     """Return the folder with weights that `path` means: itself, or of a run the best checkpoint, else the newest.
 
-    A name on a hub (owner/name) is fetched.  Averaged weights are preferred where a run has them.  Raises IncompatibleError if it is damaged.
+    A name on a hub is fetched.  Averaged weights are preferred where a run has them.  IncompatibleError: it is damaged.
     """
     if hub.is_name(path):
         return hub.fetch(path.as_posix())
@@ -302,6 +299,9 @@ def chosen(path: Path) -> Path:
         whole = [each for each in reversed(listing(path)) if not _told_damage(each)]
         if not whole:
             raise ConfigError(_("no whole checkpoint and no model is there"), where=str(path))
+        mean = path / "averaged"                         # of the run's end, unless it has gone on since
+        if mean.is_dir() and not _told_damage(mean) and files.read_json(mean / "manifest.json")["of"] == whole[0].name:
+            return mean
         best = path / f"checkpoint-{files.read_json(whole[0] / 'trainer_state.json')['best_global_step']}"
         path = best if best in whole else whole[0]
     elif (path / "manifest.json").is_file() and (wrong := verify(path)):

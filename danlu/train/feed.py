@@ -18,18 +18,24 @@ from danlu.data.stream import Mixed, Overlong, Plan, Stream
 from danlu.data.tokenizer import Special
 from danlu.errors import DataError
 from danlu.fault import fault
+from danlu.objectives.distil import plain
 from danlu.objectives.protocol import Objective
+from danlu.objectives.tasks import number_of, single, snug
 from danlu.words import _
 
 Fed = tuple[dict[str, Tensor], Any]                    # the batch, and the position after it
 
 
 def stream(shards: Shards, objective: Objective, *, length: int, overlong: Overlong, pack: bool,
-           seed: int | None, group: int = 0) -> Stream:
-    """Return the rows of a prepared split, cut and packed as `objective` needs them, or of like length by `group`."""
-    room, overlap, reserve = objective.room(length)
-    return Stream(shards, length=room, overlap=overlap, reserve=reserve, overlong=overlong, pack=pack, seed=seed,
-                  partner=objective.partner, group=group)
+           seed: int | None, group: int = 0, task: str | None = None) -> Stream:
+    """Return the rows of a prepared split, cut and packed as `objective` needs them, or of like length by `group`.
+
+    task: which of several tasks the rows are for.
+    """
+    own = single(objective, task)
+    room, overlap, reserve = own.room(length)
+    return Stream(shards, length=room, overlap=overlap, reserve=reserve, overlong=overlong, pack=pack and own.packs, seed=seed,
+                  partner=own.partner, group=group, task=number_of(objective, task))
 
 
 class Steps(IterableDataset[Fed]):
@@ -74,10 +80,7 @@ class Steps(IterableDataset[Fed]):
         mine = plans[index * size : (index + 1) * size]
         spare = size - len(mine) if self.fill else 0
         rows = [self.rows.read(plan) for plan in (*mine, *[plans[0]] * spare)]
-        length = self.length
-        if self.tight:
-            room, _overlap, reserve = self.objective.room(length)
-            length += max(len(row["ids"]) for row in rows) - (room - reserve)
+        length = snug(plain(self.objective), rows, self.length) if self.tight else self.length
         batch = self.objective.collate(rows, self.vocab, self.rng, length)
         if spare:
             for name, column in batch.items():

@@ -19,19 +19,28 @@ from danlu.data import chat, detect, examples
 from danlu.data.encode import Encoder
 from danlu.data.inputs import Input, resolve, split_take
 from danlu.data.progress import alone
+from danlu.data.shards import read_manifest
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, DataError
 from danlu.log import count, say
+from danlu.models import weights
+from danlu.objectives.protocol import Objective
+from danlu.objectives.tasks import single
 from danlu.train import checkpoint
-from danlu.train.recipe import Run, Source
+from danlu.train.recipe import Run
+from danlu.train.sources import Source
 from danlu.words import _
 
 Place = Callable[[int, tuple[str, ...]], str]
+Surveys = dict[tuple[str, int], examples.Seen]           # first readings of sources, by the key of the recipe and the place there
+
+
+LEARNED = ("data", "continual.replay.data", "continual.ewc.data")
 
 
 def taken_in(run: Run) -> Run:
     """Return `run` with every source that is not prepared yet prepared in `out/data`.  Raises ConfigError, DataError."""
-    if not any(source.raw for source in (*run.data, *run.eval)):
+    if not any(source.raw for sources in run.named.values() for source in sources):
         return run
     files.check_writable(run.out / "data")
     with alone(run.out / "data", wait=True):             # of several processes the first makes what all then find
@@ -40,33 +49,52 @@ def taken_in(run: Run) -> Run:
 
 def _taken_in(run: Run) -> Run:
     tokenizer, folder = _tokenizer(run)
-    want = run.objective.wants
-    by = Encoder(tokenizer, length=_room(run), overlong=run.overlong, learn=run.chat.learn, several=want == "labels",
-                 template=chat.Template.load(tokenizer, run.chat.template or folder) if want == "chat" else None)
-    given = [_named(source, run.objective.wants) for source in run.data]
-    found = [examples.survey(item, run.objective.wants, names, run.seed) if source.raw else None
-             for source, (item, names) in zip(run.data, given, strict=True)]
-    for source, seen in zip(run.data, found, strict=True):
-        if seen is not None:
-            refuse_rejects(source.path, seen.read, seen.reasons, seen.rejects, run.guard.rejects)
-    by = _with_labels(run, by, [seen for seen in found if seen is not None])
-    share = 0.0 if run.eval else run.held_out
-    data = []
-    for source, (item, names), seen in zip(run.data, given, found, strict=True):
-        if seen is None:
-            data.append(source)
-            continue
-        made = Maker(run, by, share).folder(source, item, names, _placed(examples.held_out(seen, share)))
-        data.append(source.model_copy(update={"split": "train", "prepared": made}))
-    held = []
-    for source in run.eval:
-        if not source.raw:
-            held.append(source)
-            continue
-        item, names = _named(source, run.objective.wants)
+    found: Surveys = {}
+    for key in LEARNED:
+        for number, source in enumerate(run.named[key]):
+            if source.raw:
+                want = single(run.objective, source.task).wants
+                item, names = _named(source, want)
+                found[key, number] = seen = examples.survey(item, want, names, run.seed)
+                refuse_rejects(source.path, seen.read, seen.reasons, seen.rejects, run.guard.rejects)
+    by = {task: _encoder(run, task, tokenizer, folder, {
+        (key, n): seen for (key, n), seen in found.items() if run.named[key][n].task == task}) for task in _tasks(run)}
+    return run.naming({key: tuple(
+        _made(run, by[source.task], source, found.get((key, number)), _share(run, key)) for number, source in enumerate(sources))
+        for key, sources in run.named.items()})
+
+
+def _tasks(run: Run) -> list[str | None]:
+    """Return the tasks that sources name, each once."""
+    return list(dict.fromkeys(source.task for sources in run.named.values() for source in sources))
+
+
+def _share(run: Run, key: str) -> float:
+    """Return the share that is held out of the sources under a key: what measures the new and the old, if nothing else does."""
+    others = {"data": run.eval, "continual.replay.data": run.named["continual.old"]}
+    return run.held_out if key in others and not others[key] else 0.0
+
+
+def _made(run: Run, by: Encoder, source: Source, seen: examples.Seen | None, share: float) -> Source:
+    """Return the source as a prepared folder; `seen`: a first reading of it, None where it is for evaluation."""
+    if not source.raw:
+        return source
+    item, names = _named(source, single(run.objective, source.task).wants)
+    if seen is None:
         made = Maker(run, by, 0.0, "val").folder(source, item, names, lambda key, labels: "val")
-        held.append(source.model_copy(update={"split": "val", "prepared": made}))
-    return run.model_copy(update={"data": tuple(data), "eval": tuple(held)})
+        return source.model_copy(update={"split": "val", "prepared": made})
+    made = Maker(run, by, share).folder(source, item, names, _placed(examples.held_out(seen, share)))
+    return source.model_copy(update={"split": "train", "prepared": made})
+
+
+def _encoder(run: Run, task: str | None, tokenizer: Tokenizer, folder: Path, found: Surveys) -> Encoder:
+    """Return what makes ids of the rows of a task."""
+    objective = single(run.objective, task)
+    room, _overlap, reserve = objective.room(run.length)
+    template = chat.Template.load(tokenizer, run.chat.template or folder) if objective.wants == "chat" else None
+    by = Encoder(tokenizer, length=room - reserve, overlong=run.overlong, learn=run.chat.learn, template=template,
+                 several=objective.wants == "labels")
+    return _with_labels(run, objective, by, found)
 
 
 def _placed(apart: Callable[[int, tuple[str, ...]], bool]) -> Place:
@@ -84,9 +112,9 @@ class Maker:
 
     def folder(self, source: Source, item: Input, names: dict[str, str], place: Place) -> Path:
         """Return the folder, which now holds the rows of `source`."""
-        run, by = self.run, self.by
+        run, by, objective = self.run, self.by, single(self.run.objective, source.task)
         stamp = [[f.path, f.size, f.mtime] for f in resolve([item])]
-        settings = {"want": run.objective.wants, "names": names, "length": by.length, "overlong": by.overlong,
+        settings = {"want": objective.wants, "names": names, "length": by.length, "overlong": by.overlong,
                     "share": self.share, "into": self.into, "seed": run.seed, "labels": by.labels, "learn": by.learn,
                     "tokenizer": by.tokenizer.sha256, "template": by.template.text if by.template is not None else None}
         key = files.digest({"files": stamp, "input": item.model_dump(mode="json"), **settings})
@@ -96,8 +124,8 @@ class Maker:
             refuse_rejects(source.path, told["read"], Counter(told["rejected"]), told["examples"], run.guard.rejects)
             return folder
         shutil.rmtree(folder, ignore_errors=True)        # one that was refused
-        told = examples.make(folder, item, run.objective.wants, names, by, place=place, seed=run.seed,
-                             facts={"task": {"kind": run.objective.kind, "want": run.objective.wants}, "config": settings})
+        told = examples.make(folder, item, objective.wants, names, by, place=place, seed=run.seed,
+                             facts={"task": {"kind": objective.kind, "want": objective.wants}, "config": settings})
         try:
             refuse_rejects(source.path, told["read"], Counter(told["rejected"]), told["examples"], run.guard.rejects)
         except DataError:
@@ -144,12 +172,6 @@ def _tokenizer(run: Run) -> tuple[Tokenizer, Path]:
     return Tokenizer.load(folder), folder
 
 
-def _room(run: Run) -> int:
-    """Return how many ids of a document a row has room for."""
-    room, _overlap, reserve = run.objective.room(run.length)
-    return room - reserve
-
-
 def _named(source: Source, want: str) -> tuple[Input, dict[str, str]]:
     """Return what to read of a source, and its columns by role: the recipe's, else those of a dataset_info.json."""
     names = {role: str(column) for role, column in source.columns.items()}
@@ -163,15 +185,28 @@ def _named(source: Source, want: str) -> tuple[Input, dict[str, str]]:
                             delimiter=source.delimiter)), names
 
 
-def _with_labels(run: Run, by: Encoder, found: list[examples.Seen]) -> Encoder:
-    """Return the encoder with the classes: those of the recipe, else of all training rows."""
-    if run.objective.wants not in ("label", "labels", "tags"):
+def _with_labels(run: Run, objective: Objective, by: Encoder, found: Surveys) -> Encoder:
+    """Return the encoder with the classes: those of the recipe, else of the model that goes on learning, else of all rows."""
+    if objective.wants not in ("label", "labels", "tags"):
         return by
-    named = tuple(getattr(run.objective, "labels", ()))
-    told = {label for seen in found for labels in seen.labels for label in labels}
+    named = tuple(getattr(objective, "labels", ()))
+    told = {label for seen in found.values() for labels in seen.labels for label in labels}
+    if not named and run.continual is not None and run.start is not None:
+        named = _known(run.start, objective, told)
+    if not named and not found:                          # all that is learned is prepared already
+        ready = [s for key in LEARNED for s in run.named[key] if not s.raw and single(run.objective, s.task) is objective]
+        named = tuple(read_manifest(ready[0].folder).get("labels") or ()) if ready else ()
     if not named:
         named = tuple(sorted(told, key=examples.rank))
-    if len(named) < 2 and run.objective.wants == "label":
+    if len(named) < 2 and objective.wants == "label":
+        first = next((run.named[key][number].path for key, number in found), None)
         raise DataError(_("the rows have {n} classes, and one or none cannot be told apart: {names}").format(
-            n=len(named), names=", ".join(named)), where=run.data[0].path)
+            n=len(named), names=", ".join(named)), where=first)
     return Encoder(by.tokenizer, by.length, by.overlong, named, by.template, by.learn, by.several)
+
+
+def _known(start: Path, objective: Objective, told: set[str]) -> tuple[str, ...]:
+    """Return the classes of the head that the model to start from has for this, if they hold all that rows tell."""
+    names = {head.name for head in objective.tasks()}
+    heads = [head for head in weights.read_config(checkpoint.chosen(start)).tasks if head.name in names]
+    return heads[0].labels if heads and told <= set(heads[0].labels) else ()

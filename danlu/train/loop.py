@@ -144,7 +144,9 @@ class Loop:
         """
         plan, progress, clock = self.plan, self.progress, _Clock()
         moved_at = min(plan.total, _warm(plan) + guards.MOVED_AFTER)
-        before = guards.fingerprint(self.engine.leaves)
+        unmoved = progress.step < moved_at
+        before = guards.fingerprint(self.engine.leaves) if unmoved else {}
+        counted = self.engine.counts > 0                 # terms that rows have counted for; a task may come late
         self.engine.asked = lambda: bool(asked.signal)
         if progress.step == 0:
             self.evaluate()
@@ -157,7 +159,9 @@ class Loop:
             if self.outer is not None and self.outer.due(progress.step, plan.total, self.engine.stopping):
                 self.outer.meet(self.optimizer)
             clock.step(int(batch["ids"].numel()) * self.engine.layout.dp)
-            if progress.step == moved_at and not self.guard.skipped:
+            counted |= self.engine.counts > 0
+            if unmoved and progress.step >= moved_at and bool(counted.all()) and not self.guard.skipped:
+                unmoved = False
                 guards.check_moved(before, self.engine.leaves, self.engine.world, step=progress.step)
             if progress.step % plan.log == 0 or progress.step == plan.total or self.guard.reason:
                 self.metrics.write(progress.step, self.values(losses, loss, lr, norm, clock))
@@ -251,6 +255,8 @@ class Loop:
         if len(losses) > 1:
             values |= {f"train/{name}_loss": float(value)
                        for name, value in zip(self.engine.objective.terms, losses, strict=True)}
+        if self.engine.penalties:
+            values["train/penalty"] = self.engine.penalty
         if self.plan.peak:
             values["mfu"] = round(self.plan.flops / max(clock.seconds, 1e-9) / self.plan.peak, 4)
         if self.engine.scaler is not None:

@@ -9,43 +9,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from danlu.config import Model
-from danlu.data.inputs import Format
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.objectives import Objectives
+from danlu.objectives.tasks import check_sources
 from danlu.optim import Optimizers
 from danlu.schedule import Schedules
+from danlu.train.continual import Continual
+from danlu.train.sources import Source, listed
 from danlu.words import _
 
 Models = Annotated[Decoder | Encoder, Field(discriminator="kind")]
-
-
-class Source(Model):
-    """A prepared folder (what `danlu prepare` wrote) or files of rows, which part of it, and its share in a mixture."""
-
-    path: str = Field(min_length=1, description="Folder that `danlu prepare` wrote; or a file, folder, pattern or hf://name of "
-                      "rows, whose format is detected; `#500` takes 500 of them.")
-    split: Literal["train", "val", "test"] = Field("train", description="Which part of a prepared folder.")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the rows, relative to other sources.")
-    columns: dict[str, str | int] = Field({}, description="Columns by role, where detection needs help: text, pair, label, "
-                                          "score, tokens, tags, context, question, answers, prompt, completion, messages …")
-    format: Format = Field("auto", description="Format of the files; auto goes by their names.")
-    encoding: str = Field("utf-8", description="Encoding of the text, for example gb18030; it is never guessed.")
-    header: bool | None = Field(
-        None, description="Whether the first row of csv and tsv files names the columns; empty: it is seen.")
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="Between csv columns; comma or tab.")
-    prepared: Path | None = Field(None, description="Where the rows stand as ids; filled in by the run.")
-
-    @property
-    def folder(self) -> Path:
-        """The prepared folder."""
-        return self.prepared or Path(self.path)
-
-    @property
-    def raw(self) -> bool:
-        """Whether this names rows that are not prepared."""
-        return not (Path(self.path) / "manifest.json").is_file()
 
 
 class Chats(Model):
@@ -130,6 +105,7 @@ class Run(Model):
                             "held out where `eval` is empty, of each class.")
     tokenizer: Path | None = Field(None, description="Folder of the tokenizer for unprepared data; empty: that of `start`.")
     chat: Chats = Chats()
+    continual: Continual | None = Field(None, description="Going on from `start` without forgetting.")
     objective: Objectives = Field(description="What is learned.")
     optim: Optimizers = Field(description="How parameters follow gradients.")
     schedule: Schedules = Field(description="How the learning rate moves.")
@@ -189,6 +165,8 @@ class Run(Model):
             problems.append(_("objective {kind} needs a decoder; set model.kind=decoder").format(kind=self.objective.kind))
         if self.model is not None and "mlm" in self.objective.heads and self.model.kind != "encoder":
             problems.append(_("objective {kind} needs an encoder; set model.kind=encoder").format(kind=self.objective.kind))
+        problems += self._continual()
+        problems += check_sources(self.objective, {key: [s.task for s in sources] for key, sources in self.named.items()})
         if self.pack and self.objective.partner:
             problems.append(_("sentence pairs fill their rows themselves; set pack=false"))
         if self.model is not None and self.model.kind == "decoder" and self.layout.cp > 1 and self.objective.tasks():
@@ -219,6 +197,47 @@ class Run(Model):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _continual(self) -> list[str]:
+        """Return what is wrong with the section `continual`."""
+        given = self.continual
+        if given is None:
+            return []
+        problems = []
+        if self.start is None:
+            problems.append(_("continual keeps what a model knows; name it under `start`"))
+        if given.ewc is not None and not given.ewc.data and given.replay is None:
+            problems.append(_("continual.ewc needs old data; name it under continual.ewc.data"))
+        if given.average is not None and given.average.last > self.every.keep:
+            problems.append(_("continual.average.last={n} checkpoints are averaged, and every.keep={m} are kept").format(
+                n=given.average.last, m=self.every.keep))
+        if given.distil is not None and self.layout.pp > 1:
+            problems.append(_("continual.distil asks a model that one process sees whole; set layout.pp=1"))
+        return problems
+
+    @property
+    def named(self) -> dict[str, tuple[Source, ...]]:
+        """The sources, by the key of the recipe that names them."""
+        old = self.continual or Continual()
+        return {"data": self.data, "eval": self.eval, "continual.replay.data": old.replay.data if old.replay else (),
+                "continual.ewc.data": old.ewc.data if old.ewc else (), "continual.old": old.old}
+
+    @property
+    def learned(self) -> tuple[Source, ...]:
+        """The sources that rows are learned from, those of replay after the others."""
+        return (*self.data, *self.named["continual.replay.data"])
+
+    def naming(self, sources: Mapping[str, tuple[Source, ...]]) -> Run:
+        """Return the recipe with other sources under the keys of `named`."""
+        changes: dict[str, Any] = {"data": sources["data"], "eval": sources["eval"]}
+        if self.continual is not None:
+            inner: dict[str, Any] = {"old": sources["continual.old"]}
+            for name in ("replay", "ewc"):
+                part = getattr(self.continual, name)
+                if part is not None:
+                    inner[name] = part.model_copy(update={"data": sources[f"continual.{name}.data"]})
+            changes["continual"] = self.continual.model_copy(update=inner)
+        return self.model_copy(update=changes)
 
     @property
     def network(self) -> Decoder | Encoder:
@@ -255,19 +274,14 @@ _SCHEDULES = {"constant_with_warmup": "constant", "inverse_sqrt": "inverse_sqrt"
 _OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adafactor": "adafactor"}
 
 
-def _paths(value: Any) -> list[Any]:
-    values = value if isinstance(value, list) else [value]
-    return [{"path": v} if isinstance(v, str) else v for v in values]
-
-
 def _optim(value: Any) -> dict[str, Any]:
     return {"optim": _OPTIMS.get(value, value) if isinstance(value, str) else value}
 
 
 Run.ALIASES = {
     "model_name_or_path": "start", "base_model": "start", "output_dir": "out",
-    "dataset": lambda v: {"data": _paths(v)}, "eval_dataset": lambda v: {"eval": _paths(v)},
-    "data": lambda v: {"data": _paths(v)}, "eval": lambda v: {"eval": _paths(v)},
+    "dataset": lambda v: {"data": listed(v)}, "eval_dataset": lambda v: {"eval": listed(v)},
+    "data": lambda v: {"data": listed(v)}, "eval": lambda v: {"eval": listed(v)},
     "cutoff_len": "length", "sequence_len": "length", "max_length": "length", "max_seq_length": "length",
     "packing": "pack", "sample_packing": "pack", "neat_packing": "pack",
     "logging_steps": "every.log", "save_steps": "every.save", "save_total_limit": "every.keep",

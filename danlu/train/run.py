@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from danlu import files, parallel, report
+from danlu.data.shards import Shards
 from danlu.errors import ConfigError
 from danlu.evaluate.judge import RESAMPLES, Said, can_judge, judge
 from danlu.evaluate.judge import require as require_metrics
@@ -22,14 +23,15 @@ from danlu.log import Metrics, say, silence
 from danlu.models.decoder import DecoderModel
 from danlu.nn import placed
 from danlu.objectives.protocol import Batch
+from danlu.objectives.tasks import Tasks, single, singles, terms_of
 from danlu.parallel import World
-from danlu.train import checkpoint, receipt
+from danlu.train import checkpoint, forgotten, receipt
 from danlu.train.feed import Steps, batches, stream, watched
 from danlu.train.loop import Hooks, Loop
 from danlu.train.outer import Outer
 from danlu.train.recipe import Run
 from danlu.train.saver import Saver, check_reload
-from danlu.train.setup import Data, Work, assemble, begin, make_model, open_data, resume, settle
+from danlu.train.setup import Data, Old, Work, assemble, begin, make_model, open_data, resume, settle
 from danlu.train.signals import listening
 from danlu.train.watchdog import Watchdog
 from danlu.words import _
@@ -45,7 +47,8 @@ def train(run: Run) -> Path:
                           fix=_("choose another `out`, or leave resume at true"))
     if run.report:
         report.require()
-    require_metrics(run.objective)
+    for objective in singles(run.objective):
+        require_metrics(objective)
     if run.start is not None:
         run = run.model_copy(update={"start": checkpoint.chosen(run.start)})
     world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device))
@@ -54,6 +57,11 @@ def train(run: Run) -> Path:
     found = checkpoint.agreed(run.out, world) if run.resume else None
     run, choice = settle(run, data, world, found)
     work = assemble(run, data, make_model(run, choice, world))
+
+    def look(old: Old) -> Loss:
+        return averaged(work, lambda: measured(run, work, data, [old.shards], task=old.task))      # type: ignore[no-any-return]
+
+    forgotten.before(run, work, data, look)
     metrics = Metrics(run.out, trackers=run.trackers, writes=world.main)
     if found is not None:
         resume(run, work, found, data)
@@ -63,7 +71,7 @@ def train(run: Run) -> Path:
         check_reload(run, work, data, choice)
     watchdog = Watchdog(run.out, run.guard.hang, world)
     with listening() as asked, watched(), watchdog:
-        steps = Steps(work.rows, run.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
+        steps = Steps(work.rows, work.engine.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
                       seed=run.seed, position=work.progress.position, share=(world.index("dp"), run.layout.dp), tight=run.tight)
         feed = batches(steps, workers=run.workers)
         saver = Saver(run, work, data, choice, last=found)
@@ -74,11 +82,13 @@ def train(run: Run) -> Path:
             loop.fit(feed, recorded=recorded if receipt.same_machine(found, run) else {}, asked=asked)
             watchdog.beat(work.progress.step, "save")
             last = saver.finish(work.progress)
+            told = forgotten.after(run, work, data, look)
         finally:
             saver.writer.wait()
             metrics.close()
     if world.main:
-        receipt.finish(run.out, work.progress.evaluation | {"steps": work.progress.step, "tokens": work.progress.tokens})
+        receipt.finish(run.out, {**work.progress.evaluation, **({"forgetting": told} if told else {}),
+                                 "steps": work.progress.step, "tokens": work.progress.tokens})
     leave_results(run, work)
     if run.report and world.main:
         say(_("report: {file}").format(file=report.write(run.out)))
@@ -99,21 +109,36 @@ def leave_results(run: Run, work: Work) -> None:
 
 def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Loss | None:
     """Return the loss on all held-out rows, in stored order, with masks that never change; `alive` is called on the way."""
-    if not data.held_out:
-        return None
-    parts, engine = [], work.engine
-    said = Said(run.objective) if can_judge(run.objective) and run.layout.pp == 1 else None
+    parts: dict[str | None, list[Shards]] = {task: [] for task in data.held_tasks}
+    for shards, task in zip(data.held_out, data.held_tasks, strict=True):
+        parts[task].append(shards)
+    found = {task: measured(run, work, data, each, task=task, alive=alive) for task, each in parts.items()}
+    if not isinstance(run.objective, Tasks) or not found:
+        return found.get(None)
+    terms, figures = run.objective.terms, dict[str, float]()
+    sums, counts = torch.zeros(2, 1, len(terms), dtype=torch.float64)
+    for task, loss in found.items():
+        where = terms_of(run.objective, task)
+        sums[0, where], counts[0, where] = loss.sums.sum(0), loss.counts.sum(0)
+        figures |= loss.values(f"{task}/")
+    return Loss(terms, run.objective.scales, sums, counts, figures=figures)
+
+
+def measured(run: Run, work: Work, data: Data, parts: Sequence[Shards], *, task: str | None,
+             alive: Callable[[], None] = lambda: None) -> Loss:
+    """Return loss and figures of a task on all rows of `parts`."""
+    engine, objective, found = work.plain, single(run.objective, task), []
+    said = Said(objective) if can_judge(objective) and run.layout.pp == 1 else None
 
     def sums(batch: Batch) -> Tensor:
         if said is None:
             return engine.sums(batch)
         out = engine.outputs(batch)
-        said.add(out, batch)
+        said.add(out, batch if objective is run.objective else run.objective.view(task, batch))     # type: ignore[union-attr, arg-type]
         return run.objective.loss(out, batch)
 
-    for shards in data.held_out:
-        rows = stream(shards, run.objective, length=run.length, overlong=run.overlong,
-                      pack=run.packed, seed=None)
+    for shards in parts:
+        rows = stream(shards, run.objective, task=task, length=run.length, overlong=run.overlong, pack=run.pack, seed=None)
         number, layout = rows.rows(0), run.layout
         alone = engine.world.size == 1
         at_once = max(1, run.part_rows, AT_ONCE // run.length) if layout.pp == 1 else run.part_rows * layout.micro
@@ -121,13 +146,15 @@ def held_out(run: Run, work: Work, data: Data, alive: Callable[[], None]) -> Los
                       per_step=min(number, at_once) if alone else at_once * layout.dp, rows_in_all=number,
                       share=(engine.world.index("dp"), layout.dp), fill=not alone, tight=run.tight)
         told = rows.counts["tokens_lost"] == 0 and not shards.weighted
-        measured = measure(work.model, run.objective, _given(steps, work, alive), sums,
-                           bytes=predicted_bytes(shards, data.tokenizer) if told else 0)
-        parts.append(replace(measured, sums=engine.total(measured.sums), counts=engine.world.add(measured.counts, ("dp", "cp"))))
+        each = measure(work.model, run.objective, _given(steps, work, alive), sums,
+                       bytes=predicted_bytes(shards, data.tokenizer) if told else 0)
+        found.append(replace(each, sums=engine.total(each.sums), counts=engine.world.add(each.counts, ("dp", "cp"))))
     figures = {} if said is None else {n: one.value for n, one in judge(
-        run.objective, together(said.arrays(), engine.world), resamples=RESAMPLES).figures.items() if n != "loss"}
-    return Loss(parts[0].terms, parts[0].scales, torch.cat([p.sums for p in parts]), torch.cat([p.counts for p in parts]),
-                sum(p.bytes for p in parts) if all(p.bytes for p in parts) else 0, figures)
+        objective, together(said.arrays(), engine.world), resamples=RESAMPLES).figures.items() if n != "loss"}
+    where = terms_of(run.objective, task)
+    return Loss(objective.terms, objective.scales, torch.cat([p.sums for p in found])[:, where],
+                torch.cat([p.counts for p in found])[:, where],
+                sum(p.bytes for p in found) if all(p.bytes for p in found) else 0, figures)
 
 
 def together(columns: dict[str, Tensor], world: World) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     saver = Saver(run, work, data, choice)
     saver.finish(work.progress)
     assert saver.last is not None
-    engine, world = work.engine, work.engine.world
+    engine, world = work.plain, work.engine.world
     rows = run.step_rows if run.layout.pp > 1 else run.layout.dp               # a pipeline takes no other number
     batch, _after = next(iter(Steps(work.rows, run.objective, data.tokenizer.special, length=run.length, seed=run.seed,
                                     per_step=rows, position=work.progress.position,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,18 @@ from danlu.log import count, say
 from danlu.models import weights
 from danlu.models.build import build
 from danlu.nn import paths, placed
+from danlu.objectives import Objectives
+from danlu.objectives.tasks import Tasks
 from danlu.parallel import World
 from danlu.parallel.place import Placed, place
 from danlu.train import audit, checkpoint, guard, receipt
+from danlu.train.continual import Continual, Replay
 from danlu.train.feed import stream
+from danlu.train.keep import keeping
 from danlu.train.loop import Plan, Progress
-from danlu.train.recipe import Run, Source
+from danlu.train.recipe import Run
 from danlu.train.shards import Crew
+from danlu.train.sources import Source
 from danlu.train.step import Engine
 from danlu.words import _
 
@@ -43,6 +49,24 @@ class Data:
     folder: Path                                         # of the tokenizer
     fingerprint: str
     shares: tuple[float, ...]
+    tasks: tuple[str | None, ...]                        # of each training part, where there are several
+    held_tasks: tuple[str | None, ...]                   # … and of each held-out one
+    old: list[Old]
+    replayed: int = 0                                    # how many training parts, the last ones, are replayed
+    fisher: list[tuple[Shards, str | None, float]] = field(default_factory=list)    # with task and weight
+
+    @property
+    def judged(self) -> list[Shards]:
+        """The parts that the model is judged by: held-out ones, and old ones."""
+        return [*self.held_out, *(each.shards for each in self.old)]
+
+
+class Old(NamedTuple):
+    """A part that tells what the model could do before."""
+
+    name: str
+    shards: Shards
+    task: str | None
 
 
 def open_data(run: Run) -> Data:
@@ -50,14 +74,18 @@ def open_data(run: Run) -> Data:
     def opened(source: Source) -> Shards:
         return Shards(source.folder, source.split, verify=run.verify == "full")
 
-    train = [opened(source) for source in run.data]
-    held_out = [opened(source) for source in run.eval] or [
-        opened(s.model_copy(update={"split": "val"})) for s in run.data if "val" in read_manifest(s.folder)["splits"]]
-    held_out = [shards for shards in held_out if shards.documents]
-    folders = {str(s.folder): Tokenizer.load(s.folder / "tokenizer") for s in (*run.data, *run.eval)}
+    continual = run.continual or Continual()
+    replay = continual.replay.data if continual.replay else ()
+    train = [opened(source) for source in run.learned]
+    held = [(opened(s), s.task) for s in run.eval or measured(run.data)]
+    old = [Old(name_of(s), opened(s), s.task) for s in continual.old or measured(replay)]
+    fisher = [(opened(s), s.task, s.weight) for s in (continual.ewc.data or replay if continual.ewc else ())]
+    held = [(shards, task) for shards, task in held if shards.documents]
+    held_out = [shards for shards, _task in held]
+    folders = {str(s.folder): Tokenizer.load(s.folder / "tokenizer") for sources in run.named.values() for s in sources}
     if run.start is not None and (run.start / "tokenizer.json").is_file():
         folders[str(run.start)] = Tokenizer.load(run.start)
-    for shards in (*train, *held_out):
+    for shards in (*train, *held_out, *(each.shards for each in old), *(each[0] for each in fisher)):
         prepared, there = shards.manifest["tokenizer"], folders[str(shards.folder)].sha256
         if prepared != there:
             raise IncompatibleError(
@@ -72,13 +100,33 @@ def open_data(run: Run) -> Data:
             fix=_("prepare the data with the tokenizer of the model: name its folder under `tokenizer`"))
     first = str(run.data[0].folder)
     return Data(train, held_out, folders[first], run.data[0].folder / "tokenizer",
-                files.digest([s.fingerprint for s in train]), tuple(s.weight for s in run.data))
+                files.digest([s.fingerprint for s in train]), shares(run.data, continual.replay),
+                tuple(s.task for s in run.learned), tuple(task for _shards, task in held), old, len(replay), fisher)
+
+
+def measured(sources: Sequence[Source]) -> list[Source]:
+    """Return the held-out parts of sources, of those that have one."""
+    return [s.model_copy(update={"split": "val"}) for s in sources if "val" in read_manifest(s.folder)["splits"]]
+
+
+def name_of(source: Source) -> str:
+    """Return what a table calls a source."""
+    return Path(source.path.partition("#")[0]).stem or source.path
+
+
+def shares(sources: Sequence[Source], replay: Replay | None) -> tuple[float, ...]:
+    """Return the weight of each source, those of replay after the others, of whose sum they have their share."""
+    given = [s.weight for s in sources]
+    if replay is None:
+        return tuple(given)
+    again = sum(given) * replay.share / (1 - replay.share) / sum(s.weight for s in replay.data)
+    return (*given, *(s.weight * again for s in replay.data))
 
 
 def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run, paths.Choice]:
     """Fill in what the recipe leaves to the data and the machine; a resumed run takes what it had before."""
     special = data.tokenizer.special
-    objective = run.objective.meet(*classes(data))
+    objective = met(run.objective, data)
     changes: dict[str, Any] = {"objective": objective}
     tasks = objective.tasks()
     plain = [name for name in objective.heads if name not in {task.name for task in tasks}]
@@ -119,16 +167,26 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     return run, crew.first(lambda: paths.choose(world.device, dtype, shape, causal=causal))
 
 
-def classes(data: Data) -> tuple[list[str], list[int]]:
-    """Return the names of the classes of the training data and how often each stands there; none where there are none."""
-    named = data.train[0].manifest.get("labels") or []
-    for shards in (*data.train, *data.held_out):
+def met(objective: Objectives, data: Data) -> Objectives:
+    """Return the objective, which knows the classes of the data now."""
+    if isinstance(objective, Tasks):
+        return objective.met({task: classes(data, task) for task in objective.parts})
+    return objective.meet(*classes(data))
+
+
+def classes(data: Data, task: str | None = None) -> tuple[list[str], list[int]]:
+    """Return the names of the classes of a task and how often each stands in its training data; none where there are none."""
+    train = [shards for shards, its in zip(data.train, data.tasks, strict=True) if its == task]
+    rest = [shards for shards, its in zip(data.held_out, data.held_tasks, strict=True) if its == task]
+    rest += [each.shards for each in data.old if each.task == task] + [shards for shards, its, _w in data.fisher if its == task]
+    named = train[0].manifest.get("labels") or []
+    for shards in (*train, *rest):
         if (shards.manifest.get("labels") or []) != named:
             raise IncompatibleError(_("the classes of the sources differ: {a} here, {b} there").format(
                 a=", ".join(shards.manifest.get("labels") or []), b=", ".join(named)), where=shards.name,
                 fix=_("prepare them together, or name all classes in objective.labels"))
     counts = np.zeros(len(named), np.int64)
-    for shards in data.train if named else ():
+    for shards in train if named else ():
         for name in ("label", "tags"):
             if name in shards.answers:
                 counts += shards.tally(name, len(named))
@@ -141,9 +199,9 @@ def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
                    length=run.length, rows=run.part_rows)
     placed.init(run.seed)
     if run.start is not None:
-        fresh = weights.fill(dict(placed.named_parameters()), run.network, run.start, fresh=is_head)
-        if fresh:
-            say(_("new weights, made at random: {names}").format(names=", ".join(sorted(fresh))))
+        placed.fresh = frozenset(weights.fill(dict(placed.named_parameters()), run.network, run.start, fresh=is_head))
+        if placed.fresh:
+            say(_("new weights, made at random: {names}").format(names=", ".join(sorted(placed.fresh))))
     return placed.use(choice).train().begin()
 
 
@@ -164,24 +222,27 @@ class Work:
     plan: Plan
     guard: guard.Guard
     progress: Progress
+    plain: Engine                                        # what measures: the model without what is distilled
 
 
 def training_rows(run: Run, data: Data) -> tuple[Stream | Mixed, int]:
     """Return the rows that the run learns from, in their order, and the number of its steps."""
-    streams = [stream(s, run.objective, length=run.length, overlong=run.overlong, pack=run.packed,
+    streams = [stream(s, run.objective, task=task, length=run.length, overlong=run.overlong, pack=run.pack,
                       seed=chance.torch_seed(run.seed, "order", (i,)), group=run.step_rows if run.group_by_length else 0)
-               for i, s in enumerate(data.train)]
+               for i, (s, task) in enumerate(zip(data.train, data.tasks, strict=True))]
     rows = streams[0] if len(streams) == 1 else Mixed(streams, data.shares, seed=run.seed)
-    return rows, run.steps or math.ceil(sum(s.rows(0) for s in streams) * (run.epochs or 1) / run.step_rows)
+    new = sum(s.rows(0) for s in streams[: len(run.data)]) * sum(data.shares) / sum(data.shares[: len(run.data)])
+    return rows, run.steps or math.ceil(new * (run.epochs or 1) / run.step_rows)
 
 
 def assemble(run: Run, data: Data, model: Placed) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
-    engine = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
+    plain = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
+    engine = plain if run.continual is None else keeping(run, run.continual, data, plain)
     optimizer = run.optim.build((leaf.name, leaf.local) for leaf in engine.leaves)
     rows, total = training_rows(run, data)
-    for source, part in zip(run.data, rows.streams if isinstance(rows, Mixed) else (rows,), strict=True):
-        guard.check_source(part, source.path)
+    for shards, part in zip(data.train, rows.streams if isinstance(rows, Mixed) else (rows,), strict=True):
+        guard.check_source(part, shards.name)
     guard.check_schedule(run.schedule, total)
     every = run.every
     plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
@@ -192,7 +253,7 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
                 peak=parallel.peak(engine.device, run.precision) * engine.world.size)
     ema = {n: placed.local(p).clone() for n, p in model.state_dict().items()} if run.ema else None
     watch = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike)
-    return Work(model, engine, optimizer, ema, rows, plan, watch, Progress(position=rows.begin()))
+    return Work(model, engine, optimizer, ema, rows, plan, watch, Progress(position=rows.begin()), plain)
 
 
 def resume(run: Run, work: Work, found: Path, data: Data) -> None:
@@ -226,9 +287,9 @@ def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
     if not work.engine.world.main:
         return
     parameters = sum(p.numel() for p in build(run.network).parameters())
-    found = audit.audited(run, work.rows, data.train, data.held_out, data.tokenizer, total=work.plan.total)
+    found = audit.audited(run, work.rows, data.train, data.judged, data.tokenizer, total=work.plan.total)
     audit.tell(found, run.out / "audit.json")
-    receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.held_out)], tokenizer=data.tokenizer.sha256,
+    receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.judged)], tokenizer=data.tokenizer.sha256,
                   parameters=parameters, choice=choice.record(), audit={**audit.digest(found), "rows": work.rows.counts})
     say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "
           "{threads} threads").format(

@@ -7,7 +7,8 @@ that any split of the same rows gives the same loss and gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +20,26 @@ from danlu.fault import fault
 from danlu.nn import placed as tensors
 from danlu.objectives.protocol import Batch, Objective, Out
 from danlu.parallel import autocast, context
-from danlu.parallel.place import Placed
+from danlu.parallel.place import Leaf, Placed
+
+
+class Penalty(Protocol):
+    """What the weights themselves cost, beside what the rows do."""
+
+    def add(self, leaves: Sequence[Leaf]) -> Tensor:
+        """Add its gradient to those of `leaves`; return this process's share of its value, each element counted once."""
 
 
 class Engine:
-    """This process's part in every step: `layout.micro` micro-batches of its rows."""
+    """This process's part in every step: `layout.micro` micro-batches of its rows.
 
-    def __init__(self, placed: Placed, objective: Objective, *, precision: str, clip: float | None, seed: int) -> None:
+    frozen: models by name, from a batch to what they say, which the objective asks in `enrich`.
+    """
+
+    def __init__(self, placed: Placed, objective: Objective, *, precision: str, clip: float | None, seed: int,
+                 penalties: Sequence[Penalty] = (), frozen: Mapping[str, Any] | None = None) -> None:
         self.placed, self.objective, self.precision, self.clip, self.seed = placed, objective, precision, clip, seed
+        self.penalties, self.frozen, self.penalty = penalties, frozen or {}, 0.0     # penalty: the value in the last step
         self.world, self.layout = placed.world, placed.world.layout
         self.device = self.world.device
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
@@ -100,6 +113,7 @@ class Engine:
         for number in range(micro):
             part = batch if micro == 1 else {k: v[number * size : (number + 1) * size] for k, v in batch.items()}
             self._seed(step, number)
+            part = self.objective.enrich(part, self.frozen) if self.frozen else part
             with self.placed.exchanging(number == micro - 1):
                 sums = self.sums(part)
                 loss = (sums * weights.to(sums.dtype)).sum()
@@ -125,6 +139,9 @@ class Engine:
             self.scaler.unscale_(optimizer)
         if fault("grad") == "nan":
             self.leaves[0].local.grad.fill_(float("nan"))        # type: ignore[union-attr]
+        if self.penalties:
+            value = torch.stack([penalty.add(self.leaves) for penalty in self.penalties]).sum()
+            self.penalty = float(self.world.add(value.reshape(1)))
         own = self._share()
         norm = self._global(own)
         if self.scaler and self.world.size > 1:              # each process looks at its own part: all must skip together

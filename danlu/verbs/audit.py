@@ -30,12 +30,12 @@ def main(file: Path | None, overrides: list[str], *, to: Path | None, as_json: b
         silence()
     files.check_writable(run.out)
     every = taken_in(run.model_copy(update={"guard": run.guard.model_copy(update={"rejects": 1.0})}))      # to name all faults
-    run = run.model_copy(update={"data": every.data, "eval": every.eval})
+    run = run.naming(every.named)
     if run.start is not None:
         run = run.model_copy(update={"start": checkpoint.chosen(run.start)})
     data = open_data(run)
     rows, total = training_rows(run, data)
-    found = audited(run, rows, data.train, data.held_out, data.tokenizer, total=total)
+    found = audited(run, rows, data.train, data.judged, data.tokenizer, total=total)
     if to is not None:
         files.write_json(to, found)
     if as_json:

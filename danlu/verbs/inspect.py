@@ -35,7 +35,8 @@ def main(data: Path, *, row: int, split: str, recipe: Path | None, as_json: bool
 
 def as_trained(shards: Shards, run: Run, number: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return row `number` of the training order, cut, packed and masked as the recipe's objective does."""
-    rows = stream(shards, run.objective, length=run.length, overlong=run.overlong, pack=run.packed,
+    task = next((source.task for source in run.data if source.folder == shards.folder), None)
+    rows = stream(shards, run.objective, task=task, length=run.length, overlong=run.overlong, pack=run.pack,
                   seed=chance.torch_seed(run.seed, "order", (0,)))
     steps = Steps(rows, run.objective, tokenizer.special, per_step=1, length=run.length, seed=run.seed, position=rows.begin())
     batch, _after = next(islice(iter(steps), number, None))

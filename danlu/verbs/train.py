@@ -18,7 +18,7 @@ def main(file: Path | None, overrides: list[str], *, command: list[str], as_json
     command: the words after `danlu` that say all this, for the processes started here.
     """
     run = config.load(Run, needed(file), overrides)
-    if any(source.raw for source in (*run.data, *run.eval)):
+    if any(source.raw for sources in run.named.values() for source in sources):
         from danlu.train.intake import taken_in  # rows are made before any process group exists
 
         run = taken_in(run)

@@ -20,14 +20,18 @@ from danlu.models.build import Config, build
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.nn import placed
+from danlu.nn.tasks import Head
+from danlu.objectives.classify import Classify, Regress
 from danlu.objectives.lm import CausalLM, MaskedLM
 from danlu.objectives.mixture import Mixture, Part
 from danlu.objectives.pairs import NextSentence
 from danlu.objectives.protocol import UNLEARNED, Objective
+from danlu.objectives.tasks import Task, Tasks
 from danlu.optim import AdamW
 from danlu.parallel.place import Placed, alone, place
 from danlu.parallel.world import World, meshed
 from danlu.train.outer import Outer
+from danlu.train.penalty import Pull, fisher
 from danlu.train.step import Engine
 
 ROWS, LENGTH, VOCAB, STEPS = 16, 16, 64, 4
@@ -66,6 +70,11 @@ MODELS: dict[str, tuple[Config, Objective]] = {
     "MLM+NSP": (Encoder(width=32, layers=4, heads=4, vocab=VOCAB, context=LENGTH, dropout=0.0, attention_dropout=0.0,
                         outputs=("mlm", "nsp")),
                 Mixture(parts=(Part(objective=MaskedLM()), Part(objective=NextSentence(), weight=0.5)))),
+    "tasks, penalties": (
+        Encoder(width=32, layers=4, heads=4, vocab=VOCAB, context=LENGTH, dropout=0.0, attention_dropout=0.0, outputs=("mlm",),
+                tasks=(Head(name="mood", labels=("a", "b", "c")), Head(name="stars", problem="regression"))),
+        Tasks(parts={"mood": Task(objective=Classify(labels=("a", "b", "c")), weight=2.0), "stars": Task(objective=Regress()),
+                     "words": Task(objective=MaskedLM(), weight=0.5)})),
 }
 
 
@@ -82,14 +91,37 @@ def batch_of(step: int, encoder: bool) -> dict[str, Tensor]:
     if encoder:
         segments = (place < end).int()
         return batch | {"segments": segments, "positions": place.clone(), "types": (place >= border).long(),
-                        "nsp": torch.randint(0, 2, (ROWS,), generator=draw), "nsp_weights": torch.ones(ROWS)}
+                        "nsp": torch.randint(0, 2, (ROWS,), generator=draw), "nsp_weights": torch.ones(ROWS), **_tasks(draw)}
     segments = torch.where(place < border, 1, 2).int() * (place < end).int()
     return batch | {"segments": segments, "positions": torch.where(place < border, place, place - border)}
 
 
+def _tasks(draw: torch.Generator) -> dict[str, Tensor]:
+    """Return the columns of three tasks whose rows come at random, so that a micro-batch may lack one."""
+    turn = torch.randint(0, 3, (ROWS,), generator=draw)
+    mine = {name: (turn == number).float() for number, name in enumerate(("mood", "stars", "words"))}
+    return {"mood/label": torch.randint(0, 3, (ROWS,), generator=draw), "mood/label_weights": mine["mood"].clone(),
+            "stars/label": torch.randn(ROWS, generator=draw), "stars/label_weights": mine["stars"].clone(),
+            **{f"{name}/rows": column for name, column in mine.items()}}
+
+
+def penalised(model: Placed, objective: Objective) -> list[Pull]:
+    """Return EWC's penalty by the Fisher information of two rows, which every process looks at."""
+    engine = Engine(model, objective, precision="fp64", clip=None, seed=0)
+    number = ROWS // engine.layout.dp
+    rows = [{name: column[:number].clone() for name, column in batch_of(step, True).items()} for step in (8, 9)]
+    for batch in rows:
+        for name, column in batch.items():
+            if name.endswith("weights"):
+                column[1:] = 0
+    found = {leaf.name: total for leaf, total in zip(engine.leaves, fisher(engine, rows), strict=True)}
+    return [Pull(engine.leaves, lambda leaf: 1e4 * found[leaf.name])]
+
+
 def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
-    """Return (losses, norm, this process's gradients) of each step."""
-    engine = Engine(model, objective, precision="fp64", clip=0.5, seed=0)
+    """Return (losses and the value of penalties, norm, this process's gradients) of each step."""
+    penalties = penalised(model, objective) if isinstance(objective, Tasks) else []
+    engine = Engine(model, objective, precision="fp64", clip=0.5, seed=0, penalties=penalties)
     optimizer = AdamW(lr=1e-2).build((leaf.name, leaf.local) for leaf in engine.leaves)
     dp, index, made = engine.layout.dp, engine.world.index("dp"), []
     for step in range(STEPS):
@@ -104,7 +136,7 @@ def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tens
             return True
 
         norm = engine.update(optimizer, 1e-2, allow=look)
-        made.append((losses, norm, grads))
+        made.append((torch.cat((losses, torch.tensor([engine.penalty], dtype=torch.float64))), norm, grads))
     return made
 
 

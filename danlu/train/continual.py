@@ -1,0 +1,61 @@
+"""The section `continual` of a recipe: how a model that goes on learning keeps what it can do."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from danlu.config import Model
+from danlu.train.sources import Sources
+
+
+class Replay(Model):
+    """Rows of what the model has learned before, mixed into those of `data`."""
+
+    data: Sources = Field(min_length=1, description="Old data, by weight.")
+    share: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False, description="Share of all rows that are old ones.")
+
+
+class EWC(Model):
+    """Elastic weight consolidation (Kirkpatrick et al., 2017): strength/2 · Σ F (θ - θ₀)², F the diagonal Fisher information."""
+
+    data: Sources = Field((), description="Old data that F is estimated on; empty: that of replay.")
+    strength: float = Field(1000.0, gt=0, allow_inf_nan=False, description="λ of the paper.")
+    rows: int = Field(256, ge=1, description="Rows that F is estimated on.")
+
+
+class L2SP(Model):
+    """L2-SP (Li et al., 2018): alpha/2 · |θ - θ₀|² for weights of the start model, beta/2 · |θ|² for new ones."""
+
+    alpha: float = Field(0.1, ge=0, allow_inf_nan=False, description="Pull towards the weights of the start model.")
+    beta: float = Field(0.01, ge=0, allow_inf_nan=False, description="Pull of weights that it lacks towards 0.")
+
+
+class Distil(Model):
+    """What the start model says is kept: KL from it, of heads it had (Li and Hoiem, 2016), and of text on replayed rows.
+
+    Of a text only the probability of each label is compared with that of all other tokens together, which needs no logits
+    of a whole vocabulary; it is never more than the divergence over all of it.
+    """
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Weight in the loss.")
+    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="Of the classes; that of text is 1.")
+
+
+class Average(Model):
+    """The weights that the run ends with are averaged; they stand in `averaged`, and are what is used then."""
+
+    start: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="Share of the start model's weights (WiSE-FT; "
+                         "Wortsman et al., 2022).")
+    last: int = Field(1, ge=1, description="How many of the last checkpoints are averaged before.")
+
+
+class Continual(Model):
+    """How a model that goes on learning keeps what it can do, and a look at what it forgot."""
+
+    replay: Replay | None = None
+    ewc: EWC | None = None
+    l2sp: L2SP | None = None
+    distil: Distil | None = None
+    average: Average | None = None
+    old: Sources = Field((), description="Evaluation data of what was learned before, measured before and after; by default "
+                         "the held-out part of replay.data.")
