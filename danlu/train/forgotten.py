@@ -106,9 +106,10 @@ def average(run: Run, given: Average, tokenizer: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     with files.appearing(target) as temporary:
         weights.write_folder(temporary, cfg, {name: _mean(states, parts, name) for name in states[0]}, tokenizer=tokenizer)
-        files.write_json(temporary / "manifest.json", files.read_json(found[-1] / "manifest.json") | {
-            "of": found[-1].name, "averaged": {path.name: part for path, part in zip(found, parts, strict=False)} | {"start": given.start},
-            "files": {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}})
+        manifest = files.read_json(found[-1] / "manifest.json") | {"of": found[-1].name, "averaged": {
+            **{path.name: part for path, part in zip(found, parts, strict=False)}, "start": given.start}}
+        listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
+        files.write_json(temporary / "manifest.json", manifest | {"files": listed})
     say(_("averaged weights: {folder}").format(folder=target))
     return target
 
