@@ -48,6 +48,16 @@ def _family(cfg: Config) -> _Family:
     return _DECODER if isinstance(cfg, decoder.Decoder) else _ENCODER
 
 
+def named(cfg: Config) -> Iterator[names.Name]:
+    """Yield every tensor of a Hugging Face folder of the model that `cfg` describes, and what of ours it is."""
+    return _family(cfg).names(cfg)
+
+
+def modern(cfg: Config, name: str) -> str:
+    """Return what `named` calls a tensor that an older folder, or one with other heads, calls `name`."""
+    return _family(cfg).modern(cfg, name)
+
+
 def to_hf(cfg: Config, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face's name, tensor) for all of `state` (our names): the inverse of `from_hf`, bit for bit."""
     return names.to_hf(_family(cfg).names(cfg), state)

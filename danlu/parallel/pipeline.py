@@ -77,6 +77,8 @@ def cut(model: Any, number: int, blocks: Sequence[range]) -> None:
         for name in ("position", "types", "embed_norm"):
             if hasattr(model, name):
                 setattr(model, name, None)
+    if not first:
+        model.ahead.prompt = None                        # … while every stage knows how many tokens it makes
     if not first and not (last and model.cfg.tied):
         model.embed = None
     if not last:
@@ -105,7 +107,10 @@ class Stage(nn.Module):
         wanted = {name: batch[name] for name in self.objective.inputs if name in batch and name != "ids"}
         with self.context():
             out = self.part(x, **wanted)
-        return self.objective.loss(out, batch) if self.part.last else out
+        if self.part.last:
+            return self.objective.loss(out, batch)
+        # where nothing learns so far, the schedule still sends a gradient back
+        return out if out.requires_grad or not torch.is_grad_enabled() else out.detach().requires_grad_()
 
 
 class Pipe:
