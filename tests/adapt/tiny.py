@@ -14,10 +14,11 @@ from danlu.models.encoder import Encoder
 
 VOCAB, CONTEXT = 64, 32
 MODELS: dict[str, Config] = {
-    "bert": Encoder(width=32, layers=2, heads=4, hidden=48, vocab=VOCAB, context=CONTEXT, dropout=0.0, attention_dropout=0.0, init_std=0.1,
-                    outputs=("mlm",)),
+    "bert": Encoder(width=32, layers=2, heads=4, hidden=48, vocab=VOCAB, context=CONTEXT, dropout=0.0,
+                    attention_dropout=0.0, init_std=0.1, outputs=("mlm",)),
     "gpt2": Decoder(family="gpt2", width=32, layers=2, heads=4, vocab=VOCAB, context=CONTEXT, init_std=0.1),
-    "llama": Decoder(family="llama", width=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=VOCAB, context=CONTEXT, init_std=0.1),
+    "llama": Decoder(family="llama", width=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=VOCAB, context=CONTEXT,
+                     init_std=0.1),
 }
 KINDS: dict[str, Adapter] = {
     "lora": LoRA(rank=4), "lora q,v": LoRA(rank=3, alpha=5.0, target=("q", "v")), "rslora": LoRA(rank=4, rslora=True),
