@@ -108,4 +108,6 @@ class Freeze(Model):
         return 1.0
 
     def check(self, layout: Layout, *, length: int, context: int | None, pack: bool) -> list[str]:
+        if layout.pp > 1 and self.last is not None:
+            return [_("the last blocks are in the last stage, and the others would have nothing to learn; set layout.pp=1")]
         return []

@@ -136,8 +136,12 @@ class LoRAEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Become a plain embedding."""
+        """Become a plain embedding that has it all, computed in float32 and rounded once."""
         self.weight.copy_(self.whole())
+        self.strip()
+
+    def strip(self) -> None:
+        """Become the base's embedding again."""
         del self.lora_a, self.lora_b
         self.__class__ = nn.Embedding   # type: ignore[assignment]
 

@@ -32,6 +32,9 @@ def _of_rows(tokens: int, layout: Layout, *, length: int, context: int | None, p
     if layout.cp > 1 or layout.sequence:
         problems.append(_("virtual tokens make rows longer than layout.cp and layout.sequence can cut; leave those out, "
                           "or use adapt=prefix"))
+    if layout.pp > 1:
+        problems.append(_("virtual tokens are in the first stage, and the others would have nothing to learn; set layout.pp=1, "
+                          "or use adapt=prefix"))
     return problems + _of_context(tokens, length, context)
 
 

@@ -16,8 +16,8 @@ class Ahead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prompt: nn.Module | None = None    # returns [P, D]; only where the model begins
-        self.tokens = 0                         # P of the prompt, in every stage of a pipeline
+        self.prompt: nn.Module | None = None    # returns [P, D]
+        self.tokens = 0                         # P of the prompt
         self.keys = 0                           # P of the layers' prefixes
 
     def room(self, past: int = 0) -> int:

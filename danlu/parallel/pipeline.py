@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import (
     _PipelineSchedule,
 )
 
+from danlu.adapt.layers import LoRAEmbedding
 from danlu.layout import Layout
 from danlu.models.build import Config, build
 from danlu.nn.collective import numbered
@@ -77,10 +78,10 @@ def cut(model: Any, number: int, blocks: Sequence[range]) -> None:
         for name in ("position", "types", "embed_norm"):
             if hasattr(model, name):
                 setattr(model, name, None)
-    if not first:
-        model.ahead.prompt = None                        # … while every stage knows how many tokens it makes
     if not first and not (last and model.cfg.tied):
         model.embed = None
+    elif not first and isinstance(model.embed, LoRAEmbedding):
+        model.embed.strip()                              # a head reads the table alone
     if not last:
         for name in ("norm", "head", "pooler"):
             if hasattr(model, name):
@@ -107,10 +108,7 @@ class Stage(nn.Module):
         wanted = {name: batch[name] for name in self.objective.inputs if name in batch and name != "ids"}
         with self.context():
             out = self.part(x, **wanted)
-        if self.part.last:
-            return self.objective.loss(out, batch)
-        # where nothing learns so far, the schedule still sends a gradient back
-        return out if out.requires_grad or not torch.is_grad_enabled() else out.detach().requires_grad_()
+        return self.objective.loss(out, batch) if self.part.last else out
 
 
 class Pipe:

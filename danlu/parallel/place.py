@@ -188,7 +188,7 @@ def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, 
         span = context.attach(part, world, length)
         parts.append(part)
         roots.append(root)
-    pipe = pipeline.Pipe(roots, numbers, world, rows=rows, tokens=length // layout.cp + parts[0].ahead.tokens, width=cfg.width,
+    pipe = pipeline.Pipe(roots, numbers, world, rows=rows, tokens=length // layout.cp, width=cfg.width,
                          strip=layout.tp if layout.sequence else 1, dtype=DTYPES["fp64" if precision == "fp64" else "fp32"],
                          terms=len(objective.terms))
     return Placed(parts, world, roots=list(roots), pipe=pipe, span=span)
