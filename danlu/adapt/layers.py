@@ -22,8 +22,8 @@ CUTS: dict[str, dict[Literal["col", "row"], int | None]] = {
 }
 
 
-def _fresh(like: Tensor, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device))
+def _fresh(like: Tensor, *shape: int, learns: bool = True) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device), requires_grad=learns)
 
 
 class LoRALinear(nn.Linear):
@@ -50,8 +50,8 @@ class LoRALinear(nn.Linear):
         assert isinstance(linear, LoRALinear)
         linear.rank, linear.scale, linear.dropout = rank, scale, dropout
         linear.lora_a, linear.lora_b = _fresh(weight, rank, ins), _fresh(weight, outs, rank)
-        linear.register_parameter("lora_a0", _fresh(weight, rank, ins).requires_grad_(False) if pissa else None)
-        linear.register_parameter("lora_b0", _fresh(weight, outs, rank).requires_grad_(False) if pissa else None)
+        linear.register_parameter("lora_a0", _fresh(weight, rank, ins, learns=False) if pissa else None)
+        linear.register_parameter("lora_b0", _fresh(weight, outs, rank, learns=False) if pissa else None)
         linear.register_parameter("magnitude", _fresh(weight, outs) if dora else None)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def read_config(folder: str | Path) -> Config:
                           fix=_("give the path of a folder with config.json"))
     if not path.is_file():
         raise ConfigError(_("the folder holds no config.json"), where=str(folder))
-    data = _json(path)
+    data = read_json(path)
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
         raise IncompatibleError(_("the architecture {kind!r} is not known").format(kind=kind), where=str(path),
@@ -124,7 +124,7 @@ def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
     """Return the safetensors files and, where there is an index, the names each must hold."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        listed = _json(index).get("weight_map")
+        listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
             raise DataError(_("the index has no weight_map"), where=str(index))
         wanted: dict[Path, set[str]] = {}
@@ -144,7 +144,8 @@ def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
     raise ConfigError(_("the folder holds no model.safetensors"), where=str(folder))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a JSON file.  Raises DataError if it holds anything else."""
     try:
         data = files.read_json(path)
     except (OSError, ValueError, RecursionError) as error:
@@ -239,12 +240,17 @@ def write_folder(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, like
     kind = {"torch_dtype": kinds.pop()} if len(kinds) == 1 else {}
     files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **special})
     files.write_json(folder / "generation_config.json", special)
-    for name in TOKENIZER_FILES if tokenizer is not None else ():
-        assert tokenizer is not None
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+    return written
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copy the tokenizer's files from one folder to another, durably."""
+    for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
             files.flush(folder / name)
-    return written
 
 
 def _cut(specs: Iterable[tensorfile.Spec], most: int) -> Iterator[list[tensorfile.Spec]]:
@@ -262,8 +268,8 @@ def _cut(specs: Iterable[tensorfile.Spec], most: int) -> Iterator[list[tensorfil
 
 def _special(tokenizer: Path) -> dict[str, int | None]:
     """Return the ids of the tokenizer's bos, eos and pad tokens, null where it has none, from its files."""
-    said = _json(tokenizer / "special_tokens_map.json") if (tokenizer / "special_tokens_map.json").is_file() else {}
-    ids = {t["content"]: t["id"] for t in _json(tokenizer / "tokenizer.json").get("added_tokens", [])}
+    said = read_json(tokenizer / "special_tokens_map.json") if (tokenizer / "special_tokens_map.json").is_file() else {}
+    ids = {t["content"]: t["id"] for t in read_json(tokenizer / "tokenizer.json").get("added_tokens", [])}
     tokens = {key: said.get(f"{key}_token") for key in ("bos", "eos", "pad")}
     contents = {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()}
     return {f"{key}_token_id": ids.get(content) for key, content in contents.items()}
