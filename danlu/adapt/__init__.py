@@ -6,24 +6,39 @@ weights.  `folder` reads and writes them in PEFT's layout, `merge` makes a plain
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from danlu import files
 from danlu.adapt.bottleneck import Bottleneck
 from danlu.adapt.freeze import BitFit, Freeze
 from danlu.adapt.ia3 import IA3
 from danlu.adapt.lora import LoRA
 from danlu.adapt.prompt import Prefix, Prompt, PTuning
 
+KINDS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
 Adapter = LoRA | IA3 | Bottleneck | Prompt | Prefix | PTuning | BitFit | Freeze
 
 
 def _spelt_out(value: Any) -> Any:
-    """Return "lora" as {"kind": "lora"}; where only settings are given, LoRA's are meant."""
+    """Return "lora" as {"kind": "lora"}; without a kind, what the folder `start` holds is meant, or else LoRA."""
     if isinstance(value, str):
         return {"kind": value}
-    return {"kind": "lora", **value} if isinstance(value, dict) and "kind" not in value else value
+    if not isinstance(value, dict) or "kind" in value:
+        return value
+    return {"kind": _kind_in(Path(str(value["start"]))) if value.get("start") else "lora", **value}
+
+
+def _kind_in(folder: Path) -> str:
+    """Return the kind of the adapter in a folder; whether it can be read at all is asked when it is opened."""
+    try:
+        if (folder / "danlu_adapter.json").is_file():
+            return str(files.read_json(folder / "danlu_adapter.json")["adapt"]["kind"])
+        return KINDS[files.read_json(folder / "adapter_config.json")["peft_type"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "lora"
 
 
 Adapters = Annotated[Adapter, Field(discriminator="kind"), BeforeValidator(_spelt_out)]

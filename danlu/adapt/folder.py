@@ -29,6 +29,7 @@ from danlu.models import weights
 from danlu.models.build import Config, Network, build
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
+from danlu.nn import placed
 from danlu.nn.tasks import Head, Kind
 from danlu.words import _
 
@@ -57,6 +58,13 @@ class Base(NamedTuple):
 def _hashed(path: Path, changed: int, size: int) -> str:
     """Return the hash of a file, once a process for each state of it (`changed`, `size`)."""
     return files.sha256(path)
+
+
+class Stored(NamedTuple):
+    """What a checkpoint needs to know to hold an adapter alone."""
+
+    adapt: Adapter
+    base: Base
 
 
 class Opened(NamedTuple):
@@ -159,6 +167,13 @@ def read_config(folder: str | Path) -> Config:
     return describe(folder).cfg if is_adapter(folder) else weights.read_config(folder)
 
 
+def tokenizer_in(folder: Path) -> Path:
+    """Return where the tokenizer of the model in `folder` is: there, or where the base of an adapter is."""
+    if not is_adapter(folder) or (folder / "tokenizer.json").is_file():
+        return folder
+    return describe(folder).base
+
+
 def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
          merged: bool = False) -> Network:
     """Return the model of `folder` with its weights; of an adapter, its base with the adapter on it, or `merged` into it."""
@@ -178,6 +193,15 @@ def base_state(cfg: Config, base: Path, *, beside: Mapping[str, Tensor]) -> dict
     """Return the base's weights under our names; those that come from the adapter, `beside`, may be missing."""
     same = weights.read_config(base).tasks == cfg.tasks
     return weights.from_hf(cfg, weights.read_tensors(base), where=str(base), fresh=beside.__contains__, heads=same)
+
+
+def put(held: Mapping[str, Tensor], stored: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy into each tensor of `held` its part of the stored one.  Raises IncompatibleError where one lacks or differs."""
+    for name, tensor in held.items():
+        if name not in stored or stored[name].shape != tensor.shape:
+            raise IncompatibleError(_("no tensor of the adapter gives {name}").format(name=name), where=where)
+        whole = stored[name]
+        placed.fill(tensor, lambda whole=whole: whole)          # type: ignore[misc]
 
 
 def write(folder: Path, cfg: Config, adapt: Adapter, state: Mapping[str, Tensor], *, base: Base,

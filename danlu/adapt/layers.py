@@ -5,8 +5,6 @@ B rows, T tokens, I inputs, O outputs, r rank, D width, P virtual tokens, G key 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from danlu.nn import placed
 from danlu.nn.mlp import Activation, activate
 
 # Along which dimension a parameter is cut with its matrix under tensor parallelism; None: every process has it whole.
-CUTS: dict[str, dict[Literal["col", "row"], int | None]] = {
+CUTS: dict[str, dict[str, int | None]] = {
     "lora_a": {"col": None, "row": 1}, "lora_a0": {"col": None, "row": 1},
     "lora_b": {"col": 0, "row": None}, "lora_b0": {"col": 0, "row": None},
     "magnitude": {"col": 0, "row": None}, "scale_out": {"col": 0, "row": None}, "scale_in": {"col": None, "row": 0},

@@ -77,7 +77,7 @@ def freeze(model: Any, kept: Sequence[str]) -> None:
         parameter.requires_grad |= name.startswith("heads.")
 
 
-def kept(model: nn.Module, cfg: Config) -> Iterator[str]:
+def kept(model: Any, cfg: Config) -> Iterator[str]:
     """Yield the names of `model`'s tensors that a checkpoint must hold beside the base: what is trained or was added."""
     base = weights.shapes(cfg).keys()
     for name, parameter in model.named_parameters():

@@ -193,6 +193,14 @@ def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path, *,
     return lacking
 
 
+def lacking(cfg: Config, folder: str | Path) -> list[str]:
+    """Return our names of the weights that `cfg` has and the model in `folder` has not; heads of other tasks are not its."""
+    here = {modern(cfg, name) for name in read_tensors(folder)}
+    other = read_config(folder).tasks != cfg.tasks
+    return [ours for name in named(cfg) if not name.copy for ours in name.ours
+            if name.theirs not in here or (other and ours.startswith("heads."))]
+
+
 def save(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None,
          shard_bytes: int = SHARD_BYTES) -> None:
     """Write `model` as a new folder that `transformers` opens, whole or not at all.  ConfigError if it exists."""
