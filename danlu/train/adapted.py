@@ -27,9 +27,6 @@ def settle(run: Run, start: Path) -> Adapter:
     ConfigError for what cannot be.
     """
     assert run.adapt is not None
-    if folder.is_adapter(start):
-        raise ConfigError(_("start is an adapter; give its base as start, and it as adapt.start"), where=str(start),
-                          fix=_("or merge it first: danlu merge {folder}").format(folder=start))
     adapt = _continued(run.adapt, start)
     lacking = {name.split(".")[0] for name in weights.lacking(run.network, start)} - {"heads"}
     if lacking:
@@ -38,6 +35,13 @@ def settle(run: Run, start: Path) -> Adapter:
     if problems:
         raise ConfigError("; ".join(problems), where="adapt")
     return adapt
+
+
+def refuse(start: Path) -> None:
+    """Raise ConfigError if what a run is to start from is an adapter and not a model."""
+    if folder.is_adapter(start):
+        raise ConfigError(_("start is an adapter; give its base as start, and it as adapt.start"), where=str(start),
+                          fix=_("or merge it first: danlu merge {folder}").format(folder=start))
 
 
 def _continued(adapt: Adapter, base: Path) -> Adapter:

@@ -86,6 +86,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     tasks = objective.tasks()
     plain = [name for name in objective.heads if name not in {task.name for task in tasks}]
     if run.start is not None:
+        adapted.refuse(run.start)
         model = weights.read_config(run.start)
         if tasks:
             model = model.with_tasks(tasks, outputs=plain)

@@ -21,7 +21,7 @@ def main(run: Path, *, prompt: str, max_new_tokens: int | None, temperature: flo
     """Print the prompt and, as it comes, what the model writes after it."""
     device = parallel.start(threads=None, device="auto")
     folder = checkpoint.chosen(run)
-    tokenizer, model = Tokenizer.load(folder), adapters.load(folder, device=device)
+    tokenizer, model = Tokenizer.load(adapters.tokenizer_in(folder)), adapters.load(folder, device=device)
     if not isinstance(model, DecoderModel):
         raise ConfigError(_("an encoder does not write; give a decoder"), where=str(run))
     if prompt == "-":
