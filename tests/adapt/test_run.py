@@ -203,3 +203,19 @@ def test_blocks_thaw_from_the_top(corpus: Path, base: Path, tmp_path: Path) -> N
         moved[step] = {name.split(".")[1] for name, t in stored.items()
                        if name.startswith("blocks.") and not torch.equal(t, begun[name])}
     assert moved == {3: {"1"}, 6: {"0", "1"}}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", ["layout.tp=2", "layout.dp=2 layout.shard=full", "layout.pp=2 layout.micro=2"])
+def test_a_checkpoint_of_several_processes_is_that_of_one(corpus: Path, base: Path, tmp_path: Path, layout: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(corpus, base, tmp_path / "run", adapt={"kind": "lora", "dora": True}), only_set=True))
+    ended = danlu("train", file, "steps=3", "ema=0.5", *layout.split(), timeout=200).clean()
+    assert ended.code == 0, ended.err
+    alone = train(recipe(corpus, base, tmp_path / "alone", adapt={"kind": "lora", "dora": True}, steps=3, ema=0.5))
+    for inside in (".", "ema"):
+        then, now = (folder.tensors(folder.describe(path / inside)) for path in (alone, Path(ended.out.strip())))
+        assert then.keys() == now.keys()
+        for name, tensor in then.items():
+            torch.testing.assert_close(now[name], tensor, atol=2e-4, rtol=0)
+    assert danlu("train", file, "steps=4", "ema=0.5", timeout=200).clean().code == 0, "goes on under another layout"
