@@ -22,7 +22,9 @@ from torch import Tensor
 
 from danlu import files, tensorfile
 from danlu.adapt import Adapter, Adapters, peft
+from danlu.adapt.lora import LoRA
 from danlu.adapt.pack import pack
+from danlu.adapt.quantize import pack_all
 from danlu.adapt.unpack import adapter_of, unpack
 from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.models import weights
@@ -183,6 +185,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     model, stored = build(opened.cfg), tensors(opened)
     opened.adapt.apply(model)
     state = {**base_state(opened.cfg, opened.base, beside=stored), **stored}
+    if isinstance(opened.adapt, LoRA) and opened.adapt.base is not None:        # as it was trained
+        packed = pack_all(model, state, opened.adapt.base, device)
+        state = {name: t for name, t in state.items() if name not in packed}
     model.load_state_dict({name: t.to(device, dtype).contiguous() for name, t in state.items()}, strict=True, assign=True)
     if merged:
         opened.adapt.merge(model)

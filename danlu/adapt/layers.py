@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu.adapt.quantize import Packed, product
 from danlu.nn import placed
+from danlu.nn.drop import dropout
 from danlu.nn.mlp import Activation, activate
 
 # Along which dimension a parameter is cut with its matrix under tensor parallelism; None: every process has it whole.
@@ -39,6 +41,7 @@ class LoRALinear(nn.Linear):
     lora_a0: nn.Parameter | None        # [r, I], never trained
     lora_b0: nn.Parameter | None        # [O, r]
     magnitude: nn.Parameter | None      # [O]
+    packed: Packed | None               # the weight in few bits; then there is no `weight`
 
     @staticmethod
     def of(linear: nn.Linear, *, rank: int, scale: float, dropout: float, dora: bool, pissa: bool) -> None:
@@ -46,7 +49,7 @@ class LoRALinear(nn.Linear):
         weight, (outs, ins) = linear.weight, linear.weight.shape
         linear.__class__ = LoRALinear
         assert isinstance(linear, LoRALinear)
-        linear.rank, linear.scale, linear.dropout = rank, scale, dropout
+        linear.rank, linear.scale, linear.dropout, linear.packed = rank, scale, dropout, None
         linear.lora_a, linear.lora_b = _fresh(weight, rank, ins), _fresh(weight, outs, rank)
         linear.register_parameter("lora_a0", _fresh(weight, rank, ins, learns=False) if pissa else None)
         linear.register_parameter("lora_b0", _fresh(weight, outs, rank, learns=False) if pissa else None)
@@ -54,18 +57,26 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., O] from x [..., I]."""
-        seen = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        seen = dropout(x, self.dropout, self.training)
         if self.magnitude is None and self.lora_b0 is None and not placed.is_part(x):
-            out, low = F.linear(x, self.weight, self.bias), F.linear(seen, self.lora_a)
+            out, low = self.base(x, self.bias), F.linear(seen, self.lora_a)
             flat = (out.flatten(0, -2), low.flatten(0, -2))
             return torch.addmm(*flat, self.lora_b.to(out.dtype).mT, alpha=self.scale).view(out.shape)
         added = F.linear(F.linear(seen, self.lora_a), self.lora_b)
         if self.lora_b0 is not None and self.lora_a0 is not None:
             added = added - F.linear(F.linear(seen, self.lora_a0), self.lora_b0)
         if self.magnitude is None:
-            return F.linear(x, self.weight, self.bias) + self.scale * added
-        out = (F.linear(x, self.weight) + self.scale * added) * (self.magnitude / self.norms()).to(added.dtype)
+            return self.base(x, self.bias) + self.scale * added
+        out = (self.base(x, None) + self.scale * added) * (self.magnitude / self.norms()).to(added.dtype)
         return out if self.bias is None else out + self.bias
+
+    def base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the layer says without its adapter, with `bias` or without."""
+        return F.linear(x, self.weight, bias) if self.packed is None else product(x, self.packed, bias)
+
+    def dense(self) -> Tensor:
+        """Return the base's weight [O, I]."""
+        return self.weight if self.packed is None else self.packed.dense()
 
     def moved(self) -> Tensor:
         """Return what is added to `weight`, [O, I]."""
@@ -78,13 +89,17 @@ class LoRALinear(nn.Linear):
         """Return |W + sBA| of each output [O]: a constant to the gradient, as in DoRA's section 4.3."""
         with torch.no_grad():
             # not linalg.norm: a sum of squares is a sum of the parts' where W is cut along its inputs
-            return (self.weight + self.moved()).square().sum(1).sqrt()
+            return (self.dense() + self.moved()).square().sum(1).sqrt()
 
     @torch.no_grad()
     def merge(self) -> None:
         """Become a plain linear layer whose weight has it all, computed in float32 and rounded once."""
-        whole = LoRALinear.whole(self)
-        self.weight.copy_(whole)
+        whole = self.whole()
+        if self.packed is None:
+            self.weight.copy_(whole)
+        else:
+            self.weight = nn.Parameter(whole, requires_grad=False)
+        del self.packed
         for name in ("lora_a", "lora_b", "lora_a0", "lora_b0", "magnitude"):
             delattr(self, name)
         self.__class__ = nn.Linear      # type: ignore[assignment]
@@ -92,11 +107,11 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def whole(self) -> Tensor:
         """Return the weight that does the same without an adapter, [O, I] in float32 at least."""
-        full = torch.promote_types(self.weight.dtype, torch.float32)
+        full = torch.promote_types(self.lora_a.dtype, torch.float32)
         added = self.lora_b.to(full) @ self.lora_a.to(full)
         if self.lora_b0 is not None and self.lora_a0 is not None:
             added -= self.lora_b0.to(full) @ self.lora_a0.to(full)
-        whole = self.weight.to(full) + self.scale * added
+        whole = self.dense().to(full) + self.scale * added
         return whole if self.magnitude is None else whole * (self.magnitude.to(full) / whole.norm(dim=1))[:, None]
 
 

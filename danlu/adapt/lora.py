@@ -17,6 +17,7 @@ from torch import Tensor
 
 from danlu import chance
 from danlu.adapt.layers import LoRAEmbedding, LoRALinear
+from danlu.adapt.quantize import Bits, PackedLinear
 from danlu.adapt.targets import chosen, freeze, matches, sites, theirs
 from danlu.config import Model
 from danlu.errors import ConfigError, IncompatibleError
@@ -57,7 +58,7 @@ class LoRA(Model):
                               "Hayou et al., 2024, advise 16).")
     ranks: dict[str, int] = Field({}, description="Other ranks, by name or pattern of the layer.")
     alphas: dict[str, float] = Field({}, description="Other alphas, by name or pattern of the layer.")
-    base: Literal["nf4", "int8"] | None = Field(
+    base: Bits | None = Field(
         None, description="Keep the frozen matrices in 4 or 8 bits (QLoRA; extra: bnb).")
     modules_to_save: Kept = ()
     start: Start = None
@@ -102,7 +103,7 @@ class LoRA(Model):
 
     def _begin(self, name: str, module: LoRALinear, seed: int) -> None:
         if self.init == "pissa":
-            parts = _principal(placed.whole(module.weight), module.rank, module.scale)
+            parts = _principal(placed.whole(module.dense()), module.rank, module.scale)
             for added, first, part in ((module.lora_a, module.lora_a0, parts[0]), (module.lora_b, module.lora_b0, parts[1])):
                 assert first is not None
                 for each in (added, first):
@@ -111,7 +112,7 @@ class LoRA(Model):
             placed.fill(module.lora_a, _uniform(module.lora_a, f"{name}.lora_a", seed))
             placed.fill(module.lora_b, partial(torch.zeros, module.lora_b.shape))
         if module.magnitude is not None:
-            lengths = placed.whole(module.weight).square().sum(1).sqrt()        # as `LoRALinear.norms` does it
+            lengths = placed.whole(module.dense()).square().sum(1).sqrt()        # as `LoRALinear.norms` does it
             placed.fill(module.magnitude, lambda: lengths)
 
     def merge(self, model: Any) -> None:
@@ -122,6 +123,8 @@ class LoRA(Model):
         for module in list(model.modules()):
             if isinstance(module, LoRALinear | LoRAEmbedding):
                 module.merge()
+            elif isinstance(module, PackedLinear):
+                module.unpack()
 
     def rate(self, name: str) -> float:
         """Return the factor on the learning rate of a parameter."""

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from danlu.adapt import Adapter, folder
 from danlu.adapt.freeze import Freeze
+from danlu.adapt.lora import LoRA
+from danlu.adapt.quantize import pack_all, require
 from danlu.adapt.targets import kept
 from danlu.adapt.unpack import same
 from danlu.errors import ConfigError, IncompatibleError
@@ -27,6 +29,8 @@ def settle(run: Run, start: Path) -> Adapter:
     ConfigError for what cannot be.
     """
     assert run.adapt is not None
+    if first_device(run) is not None:
+        require()
     adapt = _continued(run.adapt, start)
     lacking = {name.split(".")[0] for name in weights.lacking(run.network, start)} - {"heads"}
     if lacking:
@@ -58,6 +62,22 @@ def _continued(adapt: Adapter, base: Path) -> Adapter:
     if not same(made, found):
         raise ConfigError(_("adapt.start holds an adapter of another make; leave out what differs"), where=str(begun))
     return made
+
+
+def first_device(run: Run) -> str | None:
+    """Return where a model is placed at first: "meta" if its base is packed, so that it never lies anywhere in full."""
+    return "meta" if isinstance(run.adapt, LoRA) and run.adapt.base is not None else None
+
+
+def pack_base(run: Run, model: Placed) -> None:
+    """Pack the base's matrices where the recipe says so, and give the rest of `model` memory."""
+    if not isinstance(run.adapt, LoRA) or run.adapt.base is None or run.start is None:
+        return
+    state = weights.from_hf(run.network, weights.read_tensors(run.start), where=str(run.start), fresh=lambda name: True,
+                            heads=False)
+    for part in model.parts:
+        pack_all(part, state, run.adapt.base, model.world.device)
+        part.to_empty(device=model.world.device)
 
 
 def begin(run: Run, model: Placed) -> None:

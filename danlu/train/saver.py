@@ -13,7 +13,7 @@ from danlu.errors import NumericError, ResourceError
 from danlu.log import duration, say
 from danlu.nn import paths
 from danlu.parallel.place import place
-from danlu.train import checkpoint, receipt
+from danlu.train import adapted, checkpoint, receipt
 from danlu.train.feed import Steps
 from danlu.train.loop import Progress
 from danlu.train.recipe import Run
@@ -112,7 +112,7 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     with torch.no_grad():
         before = engine.total(engine.sums(batch))
         fresh = place(run.network, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows,
-                      adapt=run.adapt)
+                      adapt=run.adapt, device=adapted.first_device(run))
         if run.adapt is not None:
             first_weights(run, fresh)
         checkpoint.load(saver.last, fresh)

@@ -144,7 +144,7 @@ def classes(data: Data) -> tuple[list[str], list[int]]:
 def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
     """Return this process's part of the model, with its first weights: random by the seed, or those of `start`."""
     placed = place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, compile=run.compile,
-                   length=run.length, rows=run.part_rows, adapt=run.adapt)
+                   length=run.length, rows=run.part_rows, adapt=run.adapt, device=adapted.first_device(run))
     fresh = first_weights(run, placed)
     if fresh:
         say(_("new weights, made at random: {names}").format(names=", ".join(sorted(fresh))))
@@ -153,6 +153,7 @@ def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
 
 def first_weights(run: Run, model: Placed) -> list[str]:
     """Fill in what a run begins with; return the names of weights that `start` lacks."""
+    adapted.pack_base(run, model)
     model.init(run.seed)
     if run.start is None:
         return []
