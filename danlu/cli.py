@@ -48,6 +48,7 @@ def _verbs() -> dict[str, Verb]:
         "predict": Verb("danlu.verbs.predict", _("what a model of a task says of new rows"), _predict),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), _generate),
         "chat": Verb("danlu.verbs.chat", _("talk with a model"), _chat),
+        "merge": Verb("danlu.verbs.merge", _("an adapter and its base as one model, compared"), _merge),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), _inspect),
         "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), _report),
         "ckpt": Verb("danlu.verbs.ckpt", _("list, verify or hash checkpoints"), _ckpt),
@@ -61,7 +62,7 @@ def _verbs() -> dict[str, Verb]:
 
 
 ALIASES = {"preprocess": "prepare", "pretrain": "train", "pt": "train", "evaluate": "eval", "infer": "generate",
-           "env": "doctor", "checkpoint": "ckpt"}
+           "merge-lora": "merge", "env": "doctor", "checkpoint": "ckpt"}
 
 
 def language(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -336,6 +337,14 @@ def _generate(parser: argparse.ArgumentParser) -> None:
                         help=_("above 1: tokens already there become less likely"))
     parser.add_argument("--stop", action="append", default=[], help=_("text that ends the answer; may be repeated"))
     parser.add_argument("--seed", type=int, default=0, help=_("same seed, same text"))
+
+
+def _merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint, or an adapter's folder as PEFT writes it"))
+    parser.add_argument("--out", type=Path, help=_("folder for the merged model (default: `merged` in the first)"))
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: the base's)"))
+    parser.add_argument("--tolerance", type=float,
+                        help=_("largest difference allowed, as a share of the largest number said (default: by dtype)"))
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:

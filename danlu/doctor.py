@@ -28,7 +28,7 @@ from danlu.words import DOMAIN, LOCALE, _
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "PyYAML", "rich")
 EXTRAS = {"parquet": "pyarrow", "zstd": "zstandard", "hub": "datasets", "report": "matplotlib",
-          "tensorboard": "tensorboard", "metrics": "sacrebleu", "tune": "optuna"}
+          "tensorboard": "tensorboard", "metrics": "sacrebleu", "tune": "optuna", "bnb": "bitsandbytes"}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 RUNS = ("run.json", "manifest.json", "config.json")     # one of these makes a folder one of ours

@@ -33,7 +33,7 @@ def generate(model: DecoderModel, ids: Sequence[int], *, max_new_tokens: int, te
     tokens do not fit the context: nothing is ever dropped from the prompt behind the caller's back.
     """
     _check(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, penalty=repetition_penalty)
-    limit = model.cfg.context
+    limit = model.cfg.context - model.ahead.room()
     if len(ids) + max_new_tokens > limit:
         raise ConfigError(
             _("{n} prompt tokens and {m} new ones do not fit the model's context of {limit}").format(

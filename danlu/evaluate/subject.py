@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from danlu import config, files
+from danlu.adapt import folder as adapters
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
-from danlu.models import weights
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.nn.tasks import Head
@@ -102,4 +102,4 @@ def open_subject(path: Path) -> Subject:
     if told is not None and told.get("start") is not None:
         told = told | {"model": None}                    # filled in by the run, and beside it a recipe may not say it
     recipe = config.validate(Run, told) if told is not None else None
-    return Subject(folder, Tokenizer.load(folder), weights.load(folder), recipe)
+    return Subject(folder, Tokenizer.load(adapters.tokenizer_in(folder)), adapters.load(folder), recipe)

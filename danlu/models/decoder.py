@@ -19,6 +19,7 @@ from danlu.config import Model
 from danlu.errors import IncompatibleError
 from danlu.models.names import THEIRS, Name, rows, task_names
 from danlu.nn import attention, head, placed
+from danlu.nn.ahead import Ahead
 from danlu.nn.cache import Cache, Past
 from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.drop import dropout
@@ -244,6 +245,7 @@ class DecoderModel(nn.Module):
         self.last = True                                 # False in all but the last stage of a pipeline
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
+        self.ahead = Ahead()                             # set by an adapter
         # No buffer: `to_empty` would leave it without content.
         self.angles, self.sharpen = frequencies(cfg.head_width, cfg.rope_theta, cfg.scaling)
 
@@ -257,23 +259,26 @@ class DecoderModel(nn.Module):
         choose [B, P], embed [B, P, D]; ends [B] or [B, P]: the last token of the row, or of each stretch.  `types` and
         `starts` are an encoder's and not used.
         """
+        skip = self.ahead.tokens if cache is None or not cache.length else 0
         x = self.enter(ids, positions, cache)
         x = self.through(x, positions, segments, cache)
-        return self.leave(x, labels, weights, last=last, segments=segments, ends=ends) if self.last else x
+        return self.leave(x[:, skip:], labels, weights, last=last, segments=segments, ends=ends) if self.last else x
 
     def enter(self, ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
         """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
         if ids.is_floating_point():
             return ids
         cfg, tokens, past = self.cfg, ids.shape[1], 0 if cache is None else cache.length
-        if past + tokens > cfg.context:
+        if past + tokens + self.ahead.room(past) > cfg.context:
             raise IncompatibleError(
                 _("{n} tokens do not fit the model's context of {context}").format(
-                    n=past + tokens, context=cfg.context),
+                    n=past + tokens + self.ahead.room(past), context=cfg.context),
                 fix=_("shorten the text, or use a model with a longer context"))
         x = self.embed(ids)
+        if not past:
+            x = self.ahead.join(x)
         if self.position is not None:
-            x = x + self.position(self._places(tokens, ids.device, positions, past))
+            x = x + self.position(self._places(x.shape[1], ids.device, positions, past))
         return self.strip.cut(dropout(x, cfg.dropout, self.training))
 
     def through(self, x: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
@@ -286,7 +291,8 @@ class DecoderModel(nn.Module):
         sights = []
         for window in (cfg.window, None):
             sights.append(attention.sight(tokens, causal=True, device=x.device, dtype=dtype, window=window,
-                                          segments=segments, past=past, span=self.span))
+                                          segments=self.ahead.segments(segments), past=past, span=self.span))
+            sights[-1] = self.ahead.see(sights[-1], x)
             if cfg.window is None or not cfg.full_layers:
                 break
         for i, block in numbered(self.blocks):
@@ -327,10 +333,10 @@ class DecoderModel(nn.Module):
     def _places(self, tokens: int, device: torch.device, positions: Tensor | None, past: int) -> Tensor:
         """Return the places of the tokens in their documents, [B or 1, T]."""
         if positions is not None:
-            return positions
+            return self.ahead.positions(positions)
         if self.span is not None:
-            return self.span.mine[None]
-        return torch.arange(past, past + tokens, device=device)[None]
+            return self.span.mine[None] + self.ahead.keys
+        return torch.arange(past, past + tokens, device=device)[None] + self.ahead.keys
 
     def use(self, choice: Choice) -> Self:
         """Compute by the paths of `choice` from now on."""

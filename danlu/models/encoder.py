@@ -18,6 +18,7 @@ from danlu.config import Model
 from danlu.errors import IncompatibleError
 from danlu.models.names import Name, rows, task_names
 from danlu.nn import attention, head, placed
+from danlu.nn.ahead import Ahead
 from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation, activate
@@ -220,6 +221,7 @@ class EncoderModel(nn.Module):
         self.last = True                                 # False in all but the last stage of a pipeline
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
+        self.ahead = Ahead()                             # set by an adapter
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
@@ -239,20 +241,23 @@ class EncoderModel(nn.Module):
         if ids.is_floating_point():
             return ids
         cfg, tokens = self.cfg, ids.shape[1]
-        if tokens > cfg.context:
+        if tokens + self.ahead.room() > cfg.context:
             raise IncompatibleError(
-                _("{n} tokens do not fit the model's context of {context}").format(n=tokens, context=cfg.context),
+                _("{n} tokens do not fit the model's context of {context}").format(
+                    n=tokens + self.ahead.room(), context=cfg.context),
                 fix=_("shorten the text, or use a model with a longer context"))
         if positions is None:
             positions = torch.arange(tokens, device=ids.device)[None] if self.span is None else self.span.mine[None]    # [1, T]
-        x = self.embed(ids) + self.position(positions + self.first)
+        x, positions, types = self.ahead.enter(self.embed(ids), positions, types)
+        x = x + self.position(positions + self.first)
         x = x + (self.types.weight[0] if types is None else self.types(types))
         return self.strip.cut(dropout(self.embed_norm(x), cfg.dropout, self.training))
 
     def through(self, x: Tensor, segments: Tensor | None) -> Tensor:
         """Return what the last block makes of x [B, T, D]."""
-        see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=segments,
+        see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=self.ahead.segments(segments),
                               dtype=attention.working_dtype(x), span=self.span)
+        see = self.ahead.see(see, x)
         for _i, block in numbered(self.blocks):
             x = block(x, see)
         return x
@@ -261,10 +266,13 @@ class EncoderModel(nn.Module):
               starts: Tensor | None = None) -> dict[str, Any]:
         """Return what `forward` does, from what the last block put out."""
         x = self.strip.join(x)
-        out: dict[str, Any] = {t.name: self._say(t, x, segments, starts) for t in self.cfg.tasks}
+        skip = self.ahead.tokens                         # but what is said of a row is read off what comes first, whatever it is
+        out: dict[str, Any] = {t.name: self._say(t, x if t.kind == "classify" else x[:, skip:], segments, starts)
+                               for t in self.cfg.tasks}
         if self.pooler is not None:
             out["pooled"] = torch.tanh(self.pooler(x[:, 0]))
             out |= {name: pair(out["pooled"]) for name, pair in self.pairs.items()}
+        x = x[:, skip:]
         if labels is None:
             out["hidden"] = x
             if self.head is not None:

@@ -48,6 +48,16 @@ def _family(cfg: Config) -> _Family:
     return _DECODER if isinstance(cfg, decoder.Decoder) else _ENCODER
 
 
+def named(cfg: Config) -> Iterator[names.Name]:
+    """Yield every tensor of a Hugging Face folder of the model that `cfg` describes, and what of ours it is."""
+    return _family(cfg).names(cfg)
+
+
+def modern(cfg: Config, name: str) -> str:
+    """Return what `named` calls a tensor that an older folder, or one with other heads, calls `name`."""
+    return _family(cfg).modern(cfg, name)
+
+
 def to_hf(cfg: Config, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face's name, tensor) for all of `state` (our names): the inverse of `from_hf`, bit for bit."""
     return names.to_hf(_family(cfg).names(cfg), state)
@@ -80,7 +90,7 @@ def read_config(folder: str | Path) -> Config:
                           fix=_("give the path of a folder with config.json"))
     if not path.is_file():
         raise ConfigError(_("the folder holds no config.json"), where=str(folder))
-    data = _json(path)
+    data = read_json(path)
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
         raise IncompatibleError(_("the architecture {kind!r} is not known").format(kind=kind), where=str(path),
@@ -114,7 +124,7 @@ def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
     """Return the safetensors files and, where there is an index, the names each must hold."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        listed = _json(index).get("weight_map")
+        listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
             raise DataError(_("the index has no weight_map"), where=str(index))
         wanted: dict[Path, set[str]] = {}
@@ -134,7 +144,8 @@ def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
     raise ConfigError(_("the folder holds no model.safetensors"), where=str(folder))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a JSON file.  Raises DataError if it holds anything else."""
     try:
         data = files.read_json(path)
     except (OSError, ValueError, RecursionError) as error:
@@ -190,6 +201,14 @@ def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path, *,
     return lacking
 
 
+def lacking(cfg: Config, folder: str | Path) -> list[str]:
+    """Return our names of the weights that `cfg` has and the model in `folder` has not; heads of other tasks are not its."""
+    here = {modern(cfg, name) for name in read_tensors(folder)}
+    other = read_config(folder).tasks != cfg.tasks
+    return [ours for name in named(cfg) if not name.copy for ours in name.ours
+            if name.theirs not in here or (other and ours.startswith("heads."))]
+
+
 def save(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None,
          shard_bytes: int = SHARD_BYTES) -> None:
     """Write `model` as a new folder that `transformers` opens, whole or not at all.  ConfigError if it exists."""
@@ -237,12 +256,17 @@ def write_folder(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, like
     kind = {"torch_dtype": kinds.pop()} if len(kinds) == 1 else {}
     files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **special})
     files.write_json(folder / "generation_config.json", special)
-    for name in TOKENIZER_FILES if tokenizer is not None else ():
-        assert tokenizer is not None
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+    return written
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copy the tokenizer's files from one folder to another, durably."""
+    for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
             files.flush(folder / name)
-    return written
 
 
 def _cut(specs: Iterable[tensorfile.Spec], most: int) -> Iterator[list[tensorfile.Spec]]:
@@ -260,8 +284,8 @@ def _cut(specs: Iterable[tensorfile.Spec], most: int) -> Iterator[list[tensorfil
 
 def _special(tokenizer: Path) -> dict[str, int | None]:
     """Return the ids of the tokenizer's bos, eos and pad tokens, null where it has none, from its files."""
-    said = _json(tokenizer / "special_tokens_map.json") if (tokenizer / "special_tokens_map.json").is_file() else {}
-    ids = {t["content"]: t["id"] for t in _json(tokenizer / "tokenizer.json").get("added_tokens", [])}
+    said = read_json(tokenizer / "special_tokens_map.json") if (tokenizer / "special_tokens_map.json").is_file() else {}
+    ids = {t["content"]: t["id"] for t in read_json(tokenizer / "tokenizer.json").get("added_tokens", [])}
     tokens = {key: said.get(f"{key}_token") for key in ("bos", "eos", "pad")}
     contents = {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()}
     return {f"{key}_token_id": ids.get(content) for key, content in contents.items()}

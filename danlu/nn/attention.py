@@ -56,6 +56,17 @@ def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch
     return Sight(causal, window, _bias(allowed, query, key, causal, window, same, dtype))
 
 
+def with_ahead(see: Sight, ahead: int, tokens: int, *, device: str | torch.device, dtype: torch.dtype) -> Sight:
+    """Return the sight of `tokens` queries that also see `ahead` keys, which stand before all others; 0: `see` itself."""
+    if not ahead or (see.bias is None and not see.causal):
+        return see                                          # what sees everything sees those, too
+    bias = see.bias
+    if bias is None:
+        place = torch.arange(tokens, device=device)
+        bias = _bias(torch.ones(tokens, tokens, dtype=torch.bool, device=device), place[:, None], place, True, None, None, dtype)
+    return Sight(see.causal, None, F.pad(bias, (ahead, 0)))
+
+
 def _bias(allowed: Tensor, query: Tensor, key: Tensor, causal: bool, window: int | None,  # noqa: PLR0917
           segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
     """Return 0 where query [T, 1] sees key [S], -inf where not: [B or 1, 1, T, S]."""
@@ -88,6 +99,8 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.path = "sdpa"
         self.span: Span | None = None                           # set under context parallelism
+        self.prefix: nn.Module | None = None                    # an adapter's: more keys and values, in front
+        self.after: nn.Module | None = None                     # … and what it makes of the output
         keys = (kv_heads or heads) * self.head_width
         self.q = nn.Linear(width, heads * self.head_width, bias=qkv_bias, device=device)
         self.k = nn.Linear(width, keys, bias=qkv_bias, device=device)
@@ -110,9 +123,12 @@ class Attention(nn.Module):
             k, v = past.extend(k, v)                            # [B, S, G, K]
         if self.span is not None:
             k, v = self.span.gather(k), self.span.gather(v)     # [B, S, G, K]
+        if self.prefix is not None:
+            k, v = self.prefix(k, v)
         dropout = self.dropout if self.training else 0.0
         out = attend(q.to(v.dtype), k.to(v.dtype), v, see, self.path, dropout=dropout)
-        return self.o(out.flatten(-2))                          # type: ignore[no-any-return]
+        out = self.o(out.flatten(-2))
+        return out if self.after is None else self.after(out)   # type: ignore[no-any-return]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: float = 0.0) -> Tensor:

@@ -29,13 +29,17 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, hidden, bias=bias, device=device)
         self.gate = nn.Linear(width, hidden, bias=bias, device=device) if gated else None
         self.down = nn.Linear(hidden, width, bias=bias, device=device)
+        self.after: nn.Module | None = None                     # what an adapter makes of the output
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor shaped like x [..., D]."""
-        up = self.up(x)                                         # [..., F]
+        inner = self.up(x)                                      # [..., F]
         if self.gate is None:
-            return self.down(activate(up, self.activation, self.path))                  # type: ignore[no-any-return]
-        return self.down(activate(self.gate(x), self.activation, self.path) * up)       # type: ignore[no-any-return]
+            inner = activate(inner, self.activation, self.path)
+        else:
+            inner = activate(self.gate(x), self.activation, self.path) * inner
+        out = self.down(inner)
+        return out if self.after is None else self.after(out)                           # type: ignore[no-any-return]
 
 
 def activate(x: Tensor, activation: Activation, path: str = "torch") -> Tensor:

@@ -77,6 +77,12 @@ def like(whole: Tensor, part: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of `tensor`, of which each process may hold a part; then all of them must ask for it together."""
+    return tensor.full_tensor() if is_part(tensor) else tensor.detach()
+
+
+@torch.no_grad()
 def fill(tensor: Tensor, make: Callable[[], Tensor]) -> None:
     """Copy into `tensor` its part of the whole that `make` returns."""
     held = local(tensor)

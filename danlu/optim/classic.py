@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch.optim import Optimizer
 
 from danlu.config import Model
-from danlu.optim.groups import Betas, Decay, Epsilon, Named, Rate, Share, by_dimension, fused
+from danlu.optim.groups import Betas, Decay, Epsilon, LayerDecay, Named, Rate, Share, by_dimension, fused
 from danlu.words import _
 
 Mass = Annotated[float, Field(gt=0, lt=1, description="Share of the last update that carries over.")]
@@ -23,6 +23,7 @@ class GD(Model):
 
     kind: Literal["gd"] = "gd"
     lr: Rate = 0.1
+    layer_decay: LayerDecay = 1.0
 
     def build(self, named: Named) -> Optimizer:
         """Return the optimizer of these parameters."""
@@ -35,6 +36,7 @@ class SGD(Model):
 
     kind: Literal["sgd"] = "sgd"
     lr: Rate = 0.1
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.0
     momentum: Share = Field(default=0.0, description="Share of the last update that carries over; 0 = none.")
     dampening: Share = Field(default=0.0, description="Share of the gradient kept out of the momentum.")
@@ -66,6 +68,7 @@ class Momentum(Model):
 
     kind: Literal["momentum"] = "momentum"
     lr: Rate = 0.01
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.0
     momentum: Mass = 0.9
 
@@ -80,6 +83,7 @@ class Nesterov(Model):
 
     kind: Literal["nesterov"] = "nesterov"
     lr: Rate = 0.01
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.0
     momentum: Mass = 0.9
 
@@ -94,6 +98,7 @@ class Adagrad(Model):
 
     kind: Literal["adagrad"] = "adagrad"
     lr: Rate = 0.01
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.0
     eps: Epsilon = 1e-10
     initial: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Where the sum of squares begins.")
@@ -115,6 +120,7 @@ class RMSprop(Model):
 
     kind: Literal["rmsprop"] = "rmsprop"
     lr: Rate = 1e-3
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.0
     alpha: Share = Field(default=0.99, description="Decay of the running mean of squares.")
     eps: Epsilon = 1e-8
@@ -138,6 +144,7 @@ class Adam(Model):
 
     kind: Literal["adam"] = "adam"
     lr: Rate = 3e-4
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.0
     betas: Betas = (0.9, 0.999)
     eps: Epsilon = 1e-8
@@ -153,6 +160,7 @@ class AdamW(Model):
 
     kind: Literal["adamw"] = "adamw"
     lr: Rate = 3e-4
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.1
     betas: Betas = (0.9, 0.95)
     eps: Epsilon = 1e-8
@@ -171,6 +179,7 @@ class Adafactor(Model):
 
     kind: Literal["adafactor"] = "adafactor"
     lr: Rate = 1e-2
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.0
     beta2_decay: float = Field(
         default=-0.8, lt=0, allow_inf_nan=False, description="Exponent of the decay of the squares: 1 - step**this."

@@ -6,7 +6,7 @@ checkpoint stores state under them) and `scale` (factor on the learning rate; th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -24,6 +24,9 @@ Decay = Annotated[
     float,
     Field(ge=0, allow_inf_nan=False, description="Weight decay of matrices; vectors (biases, norms) never decay."),
 ]
+LayerDecay = Annotated[
+    float, Field(gt=0, le=1, allow_inf_nan=False, description="Learning rate of a block over that of the next one above; the "
+                 "embeddings count as one more, the heads learn at `lr`.")]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Betas = Annotated[tuple[Share, Share], Field(description="Decay of the running means of the gradient and of its square.")]
 Epsilon = Annotated[float, Field(gt=0, lt=1, description="Keeps a denominator away from 0.")]
@@ -54,6 +57,27 @@ def by_dimension(named: Named, weight_decay: float) -> list[Group]:
     matrices = group([(n, p) for n, p in pairs if p.ndim >= 2], weight_decay=weight_decay)
     vectors = group([(n, p) for n, p in pairs if p.ndim < 2], weight_decay=0.0)
     return [g for g in (matrices, vectors) if g["params"]]
+
+
+def rescale(optimizer: Optimizer, factor: Callable[[str], float]) -> None:
+    """Give every parameter, by its name, its own factor on the learning rate: groups are divided where factors differ."""
+    divided: list[Group] = []
+    for g in optimizer.param_groups:
+        by_factor: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in zip(g["names"], g["params"], strict=True):
+            by_factor.setdefault(factor(name), []).append((name, parameter))
+        for each, pairs in by_factor.items():
+            divided.append({**g, "params": [p for _name, p in pairs], "names": [name for name, _p in pairs],
+                            "scale": g["scale"] * each})
+    optimizer.param_groups[:] = divided
+
+
+def depth_factor(name: str, layers: int, decay: float) -> float:
+    """Return the factor of layer-wise decay (ELECTRA; Clark et al., 2020): 1 above the blocks, decay^layers-i for block i."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return decay ** (layers - int(parts[1]))
+    return decay ** (layers + 1) if parts[0] in ("embed", "position", "types", "embed_norm", "ahead") else 1.0
 
 
 def fused(groups: Iterable[Group], devices: tuple[str, ...] = ("cpu", "cuda")) -> bool:

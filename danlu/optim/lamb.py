@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from danlu.config import Model
-from danlu.optim.groups import Betas, Decay, Epsilon, Named, Rate, by_dimension
+from danlu.optim.groups import Betas, Decay, Epsilon, LayerDecay, Named, Rate, by_dimension
 
 
 class LAMB(Model):
@@ -19,6 +19,7 @@ class LAMB(Model):
 
     kind: Literal["lamb"] = "lamb"
     lr: Rate = 2e-3
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.01
     betas: Betas = (0.9, 0.999)
     eps: Epsilon = 1e-6

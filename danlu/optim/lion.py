@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from danlu.config import Model
-from danlu.optim.groups import Betas, Decay, Named, Rate, by_dimension
+from danlu.optim.groups import Betas, Decay, LayerDecay, Named, Rate, by_dimension
 
 
 class Lion(Model):
@@ -17,6 +17,7 @@ class Lion(Model):
 
     kind: Literal["lion"] = "lion"
     lr: Rate = 1e-4
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.3
     betas: Betas = (0.9, 0.99)
 

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from danlu.config import Model
 from danlu.errors import ConfigError
-from danlu.optim.groups import Betas, Decay, Epsilon, Named, Rate, Share, fused, group, trained
+from danlu.optim.groups import Betas, Decay, Epsilon, LayerDecay, Named, Rate, Share, fused, group, trained
 from danlu.words import _
 
 Polynomial = tuple[float, float, float]  # (a, b, c): one step maps a singular value s to a*s + b*s^3 + c*s^5
@@ -43,6 +43,7 @@ class Muon(Model):
 
     kind: Literal["muon"] = "muon"
     lr: Rate = 0.01
+    layer_decay: LayerDecay = 1.0
     weight_decay: Decay = 0.1
     momentum: Share = Field(default=0.95, description="Decay of the running mean of the gradient of hidden matrices.")
     nesterov: bool = Field(default=True, description="Look ahead along the momentum.")

@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import (
     _PipelineSchedule,
 )
 
+from danlu.adapt.layers import LoRAEmbedding
 from danlu.layout import Layout
 from danlu.models.build import Config, build
 from danlu.nn.collective import numbered
@@ -79,6 +80,8 @@ def cut(model: Any, number: int, blocks: Sequence[range]) -> None:
                 setattr(model, name, None)
     if not first and not (last and model.cfg.tied):
         model.embed = None
+    elif not first and isinstance(model.embed, LoRAEmbedding):
+        model.embed.strip()                              # a head reads the table alone
     if not last:
         for name in ("norm", "head", "pooler"):
             if hasattr(model, name):

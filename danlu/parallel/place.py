@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from danlu.adapt import Adapter
 from danlu.layout import Layout
 from danlu.models.build import Config, build
 from danlu.nn import placed
@@ -147,16 +148,18 @@ class Placed:
 
 
 def place(cfg: Config, world: World, objective: Objective, *, precision: str, recompute: str | int = "none",
-          compile: bool = False, length: int = 0, rows: int = 0, device: str | None = None) -> Placed:
+          compile: bool = False, length: int = 0, rows: int = 0, device: str | None = None,
+          adapt: Adapter | None = None) -> Placed:
     """Return this process's part of the model that `cfg` describes, with memory and without weights.
 
-    length, rows: of a micro-batch of one process.  device: "meta" gives no memory either.
+    length, rows: of a micro-batch of one process.  device: "meta" gives no memory either.  adapt: what is trained in
+    place of the whole.
     """
     layout = world.layout
     if layout.pp > 1:
         return _stages(cfg, world, objective, precision=precision, recompute=recompute, compile=compile, length=length, rows=rows,
-                       device=device)
-    part = _made(cfg, world, precision)
+                       device=device, adapt=adapt)
+    part = _made(cfg, precision, adapt)
     _cut(part, world)
     ready(part, recompute=recompute, compile=compile)
     if layout.dp * layout.cp > 1 and layout.local is None and (layout.shard != "none" or layout.tp > 1):
@@ -166,7 +169,7 @@ def place(cfg: Config, world: World, objective: Objective, *, precision: str, re
 
 
 def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, recompute: str | int, compile: bool,
-            length: int, rows: int, device: str | None) -> Placed:
+            length: int, rows: int, device: str | None, adapt: Adapter | None) -> Placed:
     """Return this process's stages of a pipeline."""
     from danlu.parallel import pipeline
 
@@ -175,7 +178,7 @@ def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, 
     blocks = pipeline.ranges_of(layout, cfg)
     parts, roots, span = [], [], None
     for number in numbers:
-        part = _made(cfg, world, precision)
+        part = _made(cfg, precision, adapt)
         pipeline.cut(part, number, blocks)
         _cut(part, world)
         ready(part, recompute=recompute, compile=compile)
@@ -192,8 +195,11 @@ def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, 
     return Placed(parts, world, roots=list(roots), pipe=pipe, span=span)
 
 
-def _made(cfg: Config, world: World, precision: str) -> Any:
-    return build(cfg).to(DTYPES["fp64" if precision == "fp64" else "fp32"])
+def _made(cfg: Config, precision: str, adapt: Adapter | None) -> Any:
+    made = build(cfg)
+    if adapt is not None:
+        adapt.apply(made)
+    return made.to(DTYPES["fp64" if precision == "fp64" else "fp32"])
 
 
 def _cut(part: nn.Module, world: World) -> None:

@@ -137,7 +137,7 @@ def process(layout: Layout, rank: int) -> Iterator[World]:
 def placed_as(run: Run, world: World) -> Placed:
     """Return this process's part of the model, on the meta device."""
     return place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, length=run.length,
-                 rows=run.part_rows, device="meta")
+                 adapt=run.adapt, rows=run.part_rows, device="meta")
 
 
 def spread(model: Placed) -> list[Spread]:

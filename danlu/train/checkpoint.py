@@ -13,8 +13,7 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu import files, tensorfile
+from danlu.adapt import folder as adapters
+from danlu.adapt.targets import kept
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.fault import fault
 from danlu.log import say
@@ -50,6 +51,7 @@ class Snapshot:
     state: dict[str, Any]                                # JSON-ready
     facts: dict[str, Any]                                # what the manifest says beside the hashes
     tokenizer: Path | None = None
+    adapter: adapters.Stored | None = None                        # then `model` is only what belongs to it
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -113,10 +115,12 @@ def _slot(saved: Parts, key: str, whole: Tensor, parameter: Tensor) -> Tensor:
 
 def snapshot(step: int, config: Any, module: Any, optimizer: Optimizer, *, ema: dict[str, Tensor] | None,
              state: dict[str, Any], facts: dict[str, Any], tokenizer: Path | None,
-             copy: Snapshot | None = None, own: bool = True) -> Snapshot:
+             copy: Snapshot | None = None, own: bool = True, adapter: adapters.Stored | None = None) -> Snapshot:
     """Return the state of a run.  `own=False` refers to the live tensors (for a save that training waits for);
     otherwise they are copied, into the buffers of `copy` when an older snapshot can be overwritten."""
     held = dict(module.state_dict())
+    if adapter is not None:
+        held = {name: held[name] for name in kept(module, config)}
     slots, rest = flatten(optimizer, held)
     groups = {"model": held, "optimizer": slots, "ema": ema and {n: wrap(held[n], t) for n, t in ema.items()}}
     buffers = copy.buffers if copy is not None else {}
@@ -124,7 +128,7 @@ def snapshot(step: int, config: Any, module: Any, optimizer: Optimizer, *, ema: 
         for group, tensors in groups.items():
             groups[group] = tensors and {n: _into(buffers, f"{group}:{n}", t) for n, t in tensors.items()}
     return Snapshot(step, config, groups["model"] or {}, groups["optimizer"] or {}, groups["ema"],
-                    {**state, "optimizer": rest}, facts, tokenizer, buffers)
+                    {**state, "optimizer": rest}, facts, tokenizer, adapter, buffers)
 
 
 def _into(buffers: dict[str, Tensor], name: str, source: Tensor) -> Tensor:
@@ -210,6 +214,8 @@ def _parts(folder: Path, snap: Snapshot, crew: Crew) -> Records:
 
 
 def _model(folder: Path, snap: Snapshot, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Records:
+    if snap.adapter is not None:
+        return adapters.write(folder, snap.config, snap.adapter.adapt, state, base=snap.adapter.base, tokenizer=snap.tokenizer)
     return weights.write_folder(folder, snap.config, state, like=like, tokenizer=snap.tokenizer)
 
 
@@ -295,7 +301,7 @@ def chosen(path: Path) -> Path:
     """
     if hub.is_name(path):
         return hub.fetch(path.as_posix())
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() and not adapters.is_adapter(path):
         whole = [each for each in reversed(listing(path)) if not _told_damage(each)]
         if not whole:
             raise ConfigError(_("no whole checkpoint and no model is there"), where=str(path))
@@ -311,7 +317,7 @@ def chosen(path: Path) -> Path:
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     """Return the model of a run (its best checkpoint), a checkpoint or a Hugging Face folder, ready to evaluate."""
-    return weights.load(chosen(Path(path)), device=device).eval()
+    return adapters.load(chosen(Path(path)), device=device).eval()
 
 
 def load(path: Path, module: Any, optimizer: Optimizer | None = None, *,
@@ -321,17 +327,27 @@ def load(path: Path, module: Any, optimizer: Optimizer | None = None, *,
     module: anything with a `state_dict` of our names, whose tensors may be parts of the whole (DTensor), and which may
     hold only some of them (a stage).  A process reads what it holds and needs no other.
     """
-    config = weights.read_config(path)
+    config = adapters.read_config(path)
     held = dict(module.state_dict())
-    weights.fill(held, config, path)
+    known = {*weights.shapes(config), *_fill(held, config, path, module)}
     state: dict[str, Any] = files.read_json(path / "trainer_state.json")
     if optimizer is not None:
         single = path / "optimizer.safetensors"
         unflatten(optimizer, Parts(single if single.is_file() else path / "shards"), state["optimizer"], held,
-                  known=weights.shapes(config).keys())
+                  known=known)
     if ema is not None:
-        weights.fill({name: wrap(held[name], tensor) for name, tensor in ema.items()}, config, path / "ema")
+        _fill({name: wrap(held[name], tensor) for name, tensor in ema.items()}, config, path / "ema", module)
     return state
+
+
+def _fill(held: Mapping[str, Tensor], config: Any, path: Path, module: Any) -> set[str]:
+    """Fill in what a folder stores: a model, or an adapter alone.  Return the names of the latter's tensors."""
+    if not adapters.is_adapter(path):
+        weights.fill(held, config, path)
+        return set()
+    stored = adapters.tensors(adapters.describe(path))
+    adapters.put({name: held[name] for name in kept(module, config)}, stored, where=str(path))
+    return set(stored)
 
 
 def prune(out: Path, *, keep: int, best: Path | None) -> None:
@@ -350,51 +366,3 @@ def sweep(out: Path) -> None:
     for path in out.iterdir() if out.is_dir() else ():
         if path.name.startswith((".tmp-checkpoint-", ".trash-checkpoint-")):
             shutil.rmtree(path, ignore_errors=True)
-
-
-class Writer:
-    """Saves in a thread of its own.  A failure is told at the next step; the run goes on without that save.
-
-    group: the processes that save together.  A failure of one is the failure of all.
-    """
-
-    def __init__(self, out: Path, *, done: Callable[[Path], None], group: dist.ProcessGroup | None = None) -> None:
-        self.out, self.done, self.group = out, done, group
-        self.thread: threading.Thread | None = None
-        self.alive: Callable[[], None] = lambda: None
-        self.spare: Snapshot | None = None
-        self.error: BaseException | None = None
-        self.failures = 0
-
-    def submit(self, snap: Snapshot, *, wait: bool = False) -> None:
-        """Begin to write `snap` once the save before it has ended; `wait` returns when it is on disk."""
-        self.wait()
-        self.thread = threading.Thread(target=self._run, args=(snap,), name="danlu-checkpoint")
-        self.thread.start()
-        if wait:
-            self.wait()
-
-    def _run(self, snap: Snapshot) -> None:
-        try:
-            crew = Crew(self.group)
-            crew.all(lambda: fault("ckpt.async"))
-            path = save(self.out, snap, group=self.group)
-            crew.all(lambda: self.done(path))
-            self.failures = 0
-        except BaseException as error:                   # a thread has nobody to raise to: poll() tells it
-            self.error = error
-            self.failures += 1
-        self.spare = snap
-
-    def wait(self) -> None:
-        """Return when no save is under way; `alive` is called every second until then."""
-        if self.thread is not None:
-            while self.thread.is_alive():
-                self.thread.join(1.0)
-                self.alive()
-            self.thread = None
-
-    def poll(self) -> BaseException | None:
-        """Return the error of a save that failed since the last call."""
-        error, self.error = self.error, None
-        return error

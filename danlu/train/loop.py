@@ -162,7 +162,8 @@ class Loop:
             counted |= self.engine.counts > 0
             if unmoved and progress.step >= moved_at and bool(counted.all()) and not self.guard.skipped:
                 unmoved = False
-                guards.check_moved(before, self.engine.leaves, self.engine.world, step=progress.step)
+                awake = [leaf for leaf in self.engine.leaves if not self.engine.asleep(leaf.name, progress.step - 1)]
+                guards.check_moved(before, awake, self.engine.world, step=progress.step)
             if progress.step % plan.log == 0 or progress.step == plan.total or self.guard.reason:
                 self.metrics.write(progress.step, self.values(losses, loss, lr, norm, clock))
             self.hooks.poll()

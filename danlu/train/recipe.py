@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from danlu.adapt import Adapters
 from danlu.config import Model
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
@@ -106,6 +107,7 @@ class Run(Model):
     tokenizer: Path | None = Field(None, description="Folder of the tokenizer for unprepared data; empty: that of `start`.")
     chat: Chats = Chats()
     continual: Continual | None = Field(None, description="Going on from `start` without forgetting.")
+    adapt: Adapters | None = Field(None, description="What is trained in place of all weights of `start`.")
     objective: Objectives = Field(description="What is learned.")
     optim: Optimizers = Field(description="How parameters follow gradients.")
     schedule: Schedules = Field(description="How the learning rate moves.")
@@ -175,6 +177,7 @@ class Run(Model):
         if self.model is not None and self.length > self.model.context:
             problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
                             .format(length=self.length, context=self.model.context))
+        problems += self._of_adapter()
         layout = self.layout
         if self.every.sample and (layout.pp > 1 or layout.cp > 1 or layout.sequence):
             problems.append(_("samples are written by processes that see whole rows through all blocks; set every.sample=0 with "
@@ -239,6 +242,13 @@ class Run(Model):
             changes["continual"] = self.continual.model_copy(update=inner)
         return self.model_copy(update=changes)
 
+    def _of_adapter(self) -> list[str]:
+        if self.adapt is None:
+            return []
+        if self.model is not None:
+            return [_("adapt changes a model that is there: give `start`, not `model`")]
+        return self.adapt.check(self.layout, length=self.length, context=None, pack=self.packed)
+
     @property
     def network(self) -> Decoder | Encoder:
         """The model's config, once it is settled."""
@@ -278,7 +288,21 @@ def _optim(value: Any) -> dict[str, Any]:
     return {"optim": _OPTIMS.get(value, value) if isinstance(value, str) else value}
 
 
+_ADAPTERS: dict[Any, dict[str, Any]] = {"full": {}, "none": {}, None: {}, "qlora": {"adapt": "lora", "adapt.base": "nf4"}}
+
+
+def _adapter(value: Any) -> dict[str, Any]:
+    return _ADAPTERS[value] if isinstance(value, str | None) and value in _ADAPTERS else {"adapt": value}
+
+
 Run.ALIASES = {
+    "finetuning_type": _adapter, "tuner_type": _adapter, "adapter": _adapter, "adapter_name_or_path": "adapt.start",
+    "lora_model_dir": "adapt.start", "lora_rank": "adapt.rank", "lora_r": "adapt.rank", "lora_alpha": "adapt.alpha",
+    "lora_dropout": "adapt.dropout", "lora_target": "adapt.target", "lora_target_modules": "adapt.target",
+    "target_modules": "adapt.target", "use_rslora": "adapt.rslora", "use_dora": "adapt.dora", "peft_use_dora": "adapt.dora",
+    "peft_use_rslora": "adapt.rslora", "loraplus_lr_ratio": "adapt.rate_ratio", "modules_to_save": "adapt.modules_to_save",
+    "additional_target": "adapt.modules_to_save", "lora_modules_to_save": "adapt.modules_to_save",
+    "freeze_trainable_layers": "adapt.last",
     "model_name_or_path": "start", "base_model": "start", "output_dir": "out",
     "dataset": lambda v: {"data": listed(v)}, "eval_dataset": lambda v: {"eval": listed(v)},
     "data": lambda v: {"data": listed(v)}, "eval": lambda v: {"eval": listed(v)},

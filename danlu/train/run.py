@@ -211,7 +211,7 @@ def averaged(work: Work, do: Callable[[], Any]) -> Any:
     """Return `do()` computed with the averaged weights where there are any."""
     if work.ema is None:
         return do()
-    held = {n: placed.local(t) for n, t in work.model.state_dict().items()}
+    held = {n: placed.local(t) for n, t in work.model.state_dict().items() if n in work.ema}
     now = {n: t.clone() for n, t in held.items()}
     try:
         for name, tensor in held.items():

@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 
 from danlu import config, files
+from danlu.adapt import folder
 from danlu.errors import NumericError, ResourceError
 from danlu.log import duration, say
 from danlu.nn import paths
 from danlu.parallel.place import place
-from danlu.train import checkpoint, receipt
+from danlu.train import adapted, checkpoint, receipt
 from danlu.train.feed import Steps
 from danlu.train.loop import Progress
 from danlu.train.recipe import Run
-from danlu.train.setup import Data, Work
+from danlu.train.setup import Data, Work, first_weights
+from danlu.train.shards import Crew
 from danlu.train.step import Engine
+from danlu.train.writer import Writer
 from danlu.words import _
 
 
@@ -26,10 +29,13 @@ class Saver:
 
     def __init__(self, run: Run, work: Work, data: Data, choice: paths.Choice, *, last: Path | None = None) -> None:
         self.run, self.work, self.data, self.choice = run, work, data, choice
-        self.writer = checkpoint.Writer(run.out, done=self.written, group=work.engine.world.saving)
+        self.writer = Writer(run.out, done=self.written, group=work.engine.world.saving)
         self.at: float | None = None
         self.last = last
         self.lost: str | None = None
+        crew = Crew(work.engine.world.saving)
+        self.adapter = None if run.adapt is None or run.start is None else folder.Stored(
+            run.adapt, crew.first(lambda: folder.Base.of(run.start or Path())))
 
     def snapshot(self, progress: Progress, *, own: bool) -> checkpoint.Snapshot:
         """Return the state of the run now."""
@@ -41,7 +47,8 @@ class Saver:
                  "precision": run.precision, "choice": self.choice.record(), **receipt.machine(),
                  "parent": self.last.name if self.last else None}
         return checkpoint.snapshot(progress.step, run.model, work.model, work.optimizer, ema=work.ema, state=state,
-                                   facts=facts, tokenizer=self.data.folder, copy=self.writer.spare, own=own)
+                                   facts=facts, tokenizer=self.data.folder, copy=self.writer.spare, own=own,
+                                   adapter=self.adapter)
 
     def save(self, progress: Progress, wait: bool) -> None:
         """Begin to save, unless this step is on disk; training goes on unless `wait`."""
@@ -104,7 +111,10 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     work.model.eval()
     with torch.no_grad():
         before = engine.total(engine.sums(batch))
-        fresh = place(run.network, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows)
+        fresh = place(run.network, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows,
+                      adapt=run.adapt, device=adapted.first_device(run))
+        if run.adapt is not None:
+            first_weights(run, fresh)
         checkpoint.load(saver.last, fresh)
         other = Engine(fresh.use(choice).eval(), run.objective, precision=run.precision, clip=None, seed=0)
         after = other.total(other.sums(batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from danlu import chance, config, files, parallel
+from danlu.adapt import folder
+from danlu.adapt.targets import kept
 from danlu.data.shards import Shards, read_manifest
 from danlu.data.stream import Mixed, Stream
 from danlu.data.tokenizer import Tokenizer
@@ -27,7 +30,7 @@ from danlu.objectives import Objectives
 from danlu.objectives.tasks import Tasks
 from danlu.parallel import World
 from danlu.parallel.place import Placed, place
-from danlu.train import audit, checkpoint, guard, receipt
+from danlu.train import adapted, audit, checkpoint, guard, receipt
 from danlu.train.continual import Continual, Replay
 from danlu.train.feed import stream
 from danlu.train.keep import keeping
@@ -131,6 +134,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     tasks = objective.tasks()
     plain = [name for name in objective.heads if name not in {task.name for task in tasks}]
     if run.start is not None:
+        adapted.refuse(run.start)
         model = weights.read_config(run.start)
         if tasks:
             model = model.with_tasks(tasks, outputs=plain)
@@ -151,6 +155,8 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     if run.precision == "auto":
         changes["precision"] = before.get("precision") or crew.first(lambda: parallel.fastest(world.device))
     run = run.model_copy(update=changes)
+    if run.adapt is not None and run.start is not None:
+        run = run.model_copy(update={"adapt": adapted.settle(run, run.start)})
     if run.layout.offload and world.device.type == "cpu":
         raise ConfigError(_("layout.offload moves weights from a device to the host, and this device is the host"),
                           where="layout.offload", fix=_("leave it out"))
@@ -196,13 +202,23 @@ def classes(data: Data, task: str | None = None) -> tuple[list[str], list[int]]:
 def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
     """Return this process's part of the model, with its first weights: random by the seed, or those of `start`."""
     placed = place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, compile=run.compile,
-                   length=run.length, rows=run.part_rows)
-    placed.init(run.seed)
-    if run.start is not None:
-        placed.fresh = frozenset(weights.fill(dict(placed.named_parameters()), run.network, run.start, fresh=is_head))
-        if placed.fresh:
-            say(_("new weights, made at random: {names}").format(names=", ".join(sorted(placed.fresh))))
+                   length=run.length, rows=run.part_rows, adapt=run.adapt, device=adapted.first_device(run))
+    placed.fresh = frozenset(first_weights(run, placed))
+    if placed.fresh:
+        say(_("new weights, made at random: {names}").format(names=", ".join(sorted(placed.fresh))))
     return placed.use(choice).train().begin()
+
+
+def first_weights(run: Run, model: Placed) -> list[str]:
+    """Fill in what a run begins with; return the names of weights that `start` lacks."""
+    adapted.pack_base(run, model)
+    model.init(run.seed)
+    if run.start is None:
+        return []
+    fresh = weights.fill(adapted.base_of(model, run.network), run.network, run.start, fresh=is_head)
+    if run.adapt is not None:
+        adapted.begin(run, model)
+    return fresh
 
 
 def is_head(name: str) -> bool:
@@ -239,7 +255,9 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
     plain = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
     engine = plain if run.continual is None else keeping(run, run.continual, data, plain)
+    engine.asleep = partial(adapted.asleep, run)
     optimizer = run.optim.build((leaf.name, leaf.local) for leaf in engine.leaves)
+    adapted.rates(run, optimizer)
     rows, total = training_rows(run, data)
     for shards, part in zip(data.train, rows.streams if isinstance(rows, Mixed) else (rows,), strict=True):
         guard.check_source(part, shards.name)
@@ -251,7 +269,8 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
                 higher=not run.metric.endswith("loss") and metrics.direction(run.metric),
                 flops=model.whole.flops(run.length) * run.step_rows * run.length,
                 peak=parallel.peak(engine.device, run.precision) * engine.world.size)
-    ema = {n: placed.local(p).clone() for n, p in model.state_dict().items()} if run.ema else None
+    stored = model.state_dict() if run.adapt is None else {n: model.state_dict()[n] for n in kept(model, run.network)}
+    ema = {n: placed.local(p).clone() for n, p in stored.items()} if run.ema else None
     watch = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike)
     return Work(model, engine, optimizer, ema, rows, plan, watch, Progress(position=rows.begin()), plain)
 
@@ -264,10 +283,11 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
             raise IncompatibleError(
                 _("the {what} has changed: {then} then, {now} now").format(what=name, then=manifest[name][:12], now=now[:12]),
                 where=str(found), fix=_("give the data the run began with, or choose another `out`"))
-    kept, asked = (cfg.model_dump(exclude={"preset"}) for cfg in (weights.read_config(found), run.network))   # a name, no shape
-    if kept != asked:
+    then, asked = (cfg.model_dump(exclude={"preset"}) for cfg in (folder.read_config(found), run.network))    # a name, no shape
+    if then != asked:
         raise IncompatibleError(_("the model is not the one the run began with"), where=str(found),
                                 fix=_("give the model of {file}, or choose another `out`").format(file=run.out / "recipe.yaml"))
+    adapted.check_resumed(run, found)
     state = checkpoint.load(found, work.model, work.optimizer, ema=work.ema)
     known = {f.name for f in fields(Progress)}
     work.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
@@ -295,6 +315,10 @@ def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
           "{threads} threads").format(
         model=run.network.kind, parameters=count(parameters), total=work.plan.total, rows=run.step_rows, length=run.length,
         precision=run.precision, device=work.engine.device.type, threads=torch.get_num_threads()))
+    learning = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
+    if run.adapt is not None and run.layout.world == 1:
+        say(_("{adapter}: {learning} parameters are trained, {share:.2%}").format(
+            adapter=run.adapt.kind, learning=count(learning), share=learning / parameters))
     axes = {name: getattr(run.layout, name) for name in ("dp", "tp", "pp", "cp") if getattr(run.layout, name) > 1}
     if axes:
         say(_("{n} processes: {layout}").format(n=run.layout.world, layout=" × ".join(f"{k} {v}" for k, v in axes.items())))

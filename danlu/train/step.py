@@ -48,6 +48,8 @@ class Engine:
         self.counts = torch.zeros(len(self.scales), dtype=torch.float64)     # [terms] of the last step, over all processes
         self.asked: Callable[[], bool] = lambda: False   # whether this process was asked to stop …
         self.stopping = False                            # … and whether any was, as of the last step
+        self.asleep: Callable[[str, int], bool] = lambda name, step: False      # parameters that do not learn yet, by step
+        self.number = 0                                  # of the step whose gradients these are
         partial = set(placed.partial())
         self._partial = [leaf for leaf in self.leaves if leaf.name in partial]
         self._tied = [leaf for leaf in self.leaves if leaf.name in placed.tied and self.world.ends is not None]
@@ -84,6 +86,7 @@ class Engine:
 
         batch: this process's rows.  A term that nothing counts for (no pair in the batch, say) is 0 and adds nothing.
         """
+        self.number = step
         batch = self.to_device(batch)
         own = self.objective.count(batch).double().cpu()
         self.counts = self._agree(own)
@@ -173,6 +176,8 @@ class Engine:
                 if tensors.is_part(grad) and grad.placements != placements:        # of an embedding: it has all rows
                     grad = grad.redistribute(placements=placements)
                 leaf.local.grad = tensors.local(grad)
+            if self.asleep(leaf.name, self.number):
+                leaf.local.grad = None
         if self._partial:
             self._add([leaf.local for leaf in self._partial], "tp")
         if self._tied and self.world.ends is not None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from danlu import files, parallel, tensorfile
+from danlu.adapt.lora import LoRA
 from danlu.errors import NumericError
 from danlu.layout import Layout
 from danlu.log import silence
@@ -50,6 +51,8 @@ def look(run: Run, world: World, steps: int, precision: str) -> Iterator[tuple[E
     run, choice = settle(run.model_copy(update={"precision": precision}), data, world, None)
     still = {name: 0.0 for name in ("dropout", "attention_dropout")}
     run = run.model_copy(update={"model": run.network.model_copy(update=still)})
+    if isinstance(run.adapt, LoRA):
+        run = run.model_copy(update={"adapt": run.adapt.model_copy(update={"dropout": 0.0})})
     work = assemble(run, data, make_model(run, choice, world))
     engine = work.engine
     feed = iter(Steps(work.rows, run.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,

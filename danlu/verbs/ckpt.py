@@ -34,7 +34,7 @@ def _describe(path: Path, action: str) -> dict[str, Any]:
 
 def _weights(path: Path) -> str:
     """Return the hash of the weight file; of several, the hash of their hashes."""
-    hashes = [files.sha256(p) for p in sorted(path.glob("model*.safetensors"))]
+    hashes = [files.sha256(p) for p in sorted([*path.glob("model*.safetensors"), *path.glob("adapter_model.safetensors")])]
     return hashes[0] if len(hashes) == 1 else files.digest(hashes)
 
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from danlu import parallel
+from danlu.adapt import folder as adapters
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError
 from danlu.generate import generate, text
-from danlu.models import weights
 from danlu.models.decoder import DecoderModel
 from danlu.train import checkpoint
 from danlu.words import _
@@ -21,7 +21,7 @@ def main(run: Path, *, prompt: str, max_new_tokens: int | None, temperature: flo
     """Print the prompt and, as it comes, what the model writes after it."""
     device = parallel.start(threads=None, device="auto")
     folder = checkpoint.chosen(run)
-    tokenizer, model = Tokenizer.load(folder), weights.load(folder, device=device)
+    tokenizer, model = Tokenizer.load(adapters.tokenizer_in(folder)), adapters.load(folder, device=device)
     if not isinstance(model, DecoderModel):
         raise ConfigError(_("an encoder does not write; give a decoder"), where=str(run))
     if prompt == "-":
@@ -29,7 +29,7 @@ def main(run: Path, *, prompt: str, max_new_tokens: int | None, temperature: flo
     ids = tokenizer.encode(prompt).tolist()
     if not ids or tokenizer.add_bos:
         ids = [start_of(tokenizer), *ids]
-    most = max_new_tokens or min(128, model.cfg.context - len(ids))
+    most = max_new_tokens or min(128, model.cfg.context - model.ahead.room() - len(ids))
     new = generate(model.eval(), ids, max_new_tokens=most, temperature=temperature, top_k=top_k, top_p=top_p,
                    repetition_penalty=repetition_penalty, eos=tokenizer.special.eos, seed=seed)
     pieces = text(new, lambda part: tokenizer.decode(part, special=False), stop=stop)

@@ -1,6 +1,7 @@
 """Every layout against one process: the same rows, losses and gradients per parameter, in float64.
 
-Run by the tests as each of N processes; prints one JSON line for each case.  `python matrix.py CASE …` takes some of them.
+Run by the tests as each of N processes; prints one JSON line for each case.  `python matrix.py CASE …` takes some of them,
+and the word `adapters` the adapters in place of the plain models.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from danlu import parallel
+from danlu.adapt import IA3, Adapter, BitFit, Bottleneck, Freeze, LoRA, Prefix, Prompt, PTuning
 from danlu.layout import Layout, Local
 from danlu.models.build import Config, build
 from danlu.models.decoder import Decoder
@@ -75,6 +77,16 @@ MODELS: dict[str, tuple[Config, Objective]] = {
                 tasks=(Head(name="mood", labels=("a", "b", "c")), Head(name="stars", problem="regression"))),
         Tasks(parts={"mood": Task(objective=Classify(labels=("a", "b", "c")), weight=2.0), "stars": Task(objective=Regress()),
                      "words": Task(objective=MaskedLM(), weight=0.5)})),
+}
+
+
+# … and adapters: the base is frozen, and what is added is cut, or not, with its matrix.
+ADAPTED: dict[str, tuple[str, Adapter]] = {
+    "LoRA": ("causal LM", LoRA(rank=4)), "LoRA embed": ("causal LM, tied", LoRA(rank=4, target=("embed", "c_attn", "down"))),
+    "DoRA": ("causal LM", LoRA(rank=4, dora=True)), "PiSSA": ("MLM+NSP", LoRA(rank=4, init="pissa")),
+    "IA3": ("causal LM, tied", IA3()), "houlsby": ("causal LM", Bottleneck(style="houlsby", reduction=4)),
+    "prefix": ("causal LM", Prefix(tokens=3)), "prompt": ("causal LM, tied", Prompt(tokens=4)),
+    "ptuning": ("MLM+NSP", PTuning(tokens=4, hidden=8)), "bitfit": ("MLM+NSP", BitFit()), "freeze": ("causal LM", Freeze(last=1)),
 }
 
 
@@ -140,25 +152,53 @@ def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tens
     return made
 
 
+def model_of(name: str) -> tuple[Config, Objective, Adapter | None]:
+    """Return a case's model, objective and adapter.  A prompt leaves room for its tokens."""
+    if name in MODELS:
+        return *MODELS[name], None
+    model, adapt = ADAPTED[name]
+    return MODELS[model][0].model_copy(update={"context": 2 * LENGTH}), MODELS[model][1], adapt
+
+
+def possible(layout: Layout) -> list[str]:
+    """Return the adapters that can work under a layout."""
+    return [name for name, (_model, adapt) in ADAPTED.items()
+            if not adapt.check(layout, length=LENGTH, context=2 * LENGTH, pack=False)]
+
+
+def filled(model: Placed, adapt: Adapter | None) -> Placed:
+    """Fill in weights and adapter, and move what the adapter begins with: a factor of 0 would hide the other one."""
+    model.init(7)
+    for part in model.parts if adapt is not None else ():
+        adapt.begin(part, 7)
+        for name, p in part.named_parameters():
+            if p.requires_grad:
+                source = torch.Generator().manual_seed(len(name))
+                shift = 0.1 * torch.randn(p.shape, generator=source, dtype=torch.float64)
+                placed.local(p).add_(shift[placed.extent(p).slices])
+    return model
+
+
 @cache
 def expected_of(name: str) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
     """Return what one process gives."""
-    cfg, objective = MODELS[name]
-    whole = build(cfg).to(torch.float64)
-    whole.to_empty(device="cpu")
-    whole.init(7)
-    return steps(alone(whole.train()), objective, cfg.kind == "encoder")
+    cfg, objective, adapt = model_of(name)
+    whole = build(cfg)
+    if adapt is not None:
+        adapt.apply(whole)
+    whole.to(torch.float64).to_empty(device="cpu")
+    return steps(filled(alone(whole.train()), adapt), objective, cfg.kind == "encoder")
 
 
 def compare(name: str, world: World, recompute: str | int) -> dict[str, Any]:
     """Return the largest differences of a case from one process."""
-    cfg, objective = MODELS[name]
+    cfg, objective, adapt = model_of(name)
     encoder, expected = cfg.kind == "encoder", expected_of(name)
     layout = world.layout
     model = place(cfg, world, objective, precision="fp64", length=LENGTH, rows=ROWS // layout.dp // layout.micro,
-                  recompute=recompute)
+                  recompute=recompute, adapt=adapt)
     extents = {leaf.name: placed.extent(leaf.param) for leaf in model.leaves()}
-    found = steps(model.init(7).train().begin(), objective, encoder)
+    found = steps(filled(model, adapt).train().begin(), objective, encoder)
     loss = max(float((a[0] - b[0]).abs().max()) for a, b in zip(found, expected, strict=True))
     norm = max(abs(a[1] - b[1]) / b[1] for a, b in zip(found, expected, strict=True))
     gradient, worst = 0.0, ""
@@ -231,16 +271,16 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     for case, fields in (FOUR if size == 4 else EIGHT).items():
-        if sys.argv[1:] and case not in sys.argv[1:]:
+        if set(sys.argv[1:]) - {"adapters"} and case not in sys.argv[1:]:
             continue
         layout = Layout(**{name: value for name, value in fields.items() if name != "recompute"})
         world = meshed(layout, CPU)                      # once: each process group has threads of its own
-        for model in MODELS:
-            layout.check(ROWS, length=LENGTH, model=MODELS[model][0].model_dump())
+        for model in possible(layout) if "adapters" in sys.argv[1:] else MODELS:
+            layout.check(ROWS, length=LENGTH, model=model_of(model)[0].model_dump())
             result = compare(model, world, fields.get("recompute", "none"))
             if rank == 0:
                 print(json.dumps({"model": model, "case": case, **result}), flush=True)
-    if size == 4 and (not sys.argv[1:] or "local" in sys.argv[1:]):
+    if size == 4 and "adapters" not in sys.argv[1:] and (not sys.argv[1:] or "local" in sys.argv[1:]):
         difference = local()
         if rank == 0:
             print(json.dumps({"model": "causal LM", "case": "local", "loss": difference, "norm": 0, "gradient": 0}), flush=True)

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 from parallel import matrix
 
+from danlu.layout import Layout
+
 SCRIPT = Path(__file__).with_name("matrix.py")
+ADAPTED = ("ddp", "fsdp", "tp", "cp", "pp 1f1b", "fsdp×tp+sp")
 QUICK = ("ddp", "fsdp", "tp+sp", "cp", "pp 1f1b", "fsdp×tp", "local")
 
 
@@ -46,6 +49,21 @@ def judge(results: list[dict[str, Any]], expected: int) -> None:
 @pytest.mark.timeout(600)
 def test_the_common_layouts_change_nothing() -> None:
     judge(together(4, *QUICK), len(matrix.MODELS) * (len(QUICK) - 1) + 1)
+
+
+@pytest.mark.timeout(600)
+def test_the_common_layouts_change_no_adapter() -> None:
+    judge(together(4, "adapters", *ADAPTED), sum(len(matrix.possible(layout_of(case))) for case in ADAPTED))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_no_layout_changes_an_adapter() -> None:
+    judge(together(4, "adapters"), sum(len(matrix.possible(layout_of(case))) for case in matrix.FOUR))
+
+
+def layout_of(case: str) -> Layout:
+    return Layout(**{name: value for name, value in matrix.FOUR[case].items() if name != "recompute"})
 
 
 @pytest.mark.slow

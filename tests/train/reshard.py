@@ -29,6 +29,7 @@ from danlu.optim import AdamW
 from danlu.parallel.place import Placed, place
 from danlu.parallel.world import World, meshed
 from danlu.train import checkpoint
+from danlu.train.writer import Writer
 
 MODELS = {
     "llama": Decoder(family="llama", width=16, layers=2, heads=4, kv_heads=2, hidden=24, vocab=64, context=16),
@@ -88,7 +89,7 @@ def through(folder: Path, case: Case) -> None:
         assert found is not None
         checkpoint.load(found, held.model, held.optimizer, ema=held.ema)
         held.compare(load_file(folder / f"{kind}.safetensors"))
-        writer = checkpoint.Writer(folder / target / kind, done=lambda path: None, group=held.world.saving)
+        writer = Writer(folder / target / kind, done=lambda path: None, group=held.world.saving)
         if held.world.main:
             writer.out.mkdir(parents=True)
         dist.barrier()
@@ -103,7 +104,7 @@ def failing(folder: Path) -> None:
     """A save fails in one process: it fails in all, leaves what was there, and the next one succeeds."""
     held = Held(MODELS["gpt2"], {"dp": 2, "shard": "full"})
     out = folder / "failing"
-    writer = checkpoint.Writer(out, done=lambda path: None, group=held.world.saving)
+    writer = Writer(out, done=lambda path: None, group=held.world.saving)
     if held.world.main:
         out.mkdir()
     dist.barrier()

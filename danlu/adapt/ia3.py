@@ -1,0 +1,55 @@
+"""IA³: activations are multiplied by learned vectors (Liu et al., 2022).  A few numbers a layer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from danlu.adapt.layers import ScaledLinear
+from danlu.adapt.lora import Kept, Start, Target
+from danlu.adapt.targets import chosen, freeze, matches, theirs
+from danlu.config import Model
+from danlu.layout import Layout
+from danlu.nn import placed
+
+
+class IA3(Model):
+    """Keys, values and the inner activations of the feed-forward part are each scaled by a learned vector."""
+
+    merges: ClassVar[bool] = True
+
+    kind: Literal["ia3"] = "ia3"
+    target: Target = Field(("k", "v", "down"), description="Layers that are scaled.")
+    feedforward: tuple[str, ...] = Field(("down",), description="Those of them whose inputs are scaled; of the others, outputs.")
+    modules_to_save: Kept = ()
+    start: Start = None
+
+    def apply(self, model: Any) -> None:
+        """Freeze `model` (whole) and let its layers scale, in place."""
+        freeze(model, self.modules_to_save)
+        named = theirs(model.cfg)
+        for name, module in chosen(model, self.target, embeddings=False):
+            ScaledLinear.of(module, inputs=any(matches(pattern, name, named.get(name, "")) for pattern in self.feedforward))
+
+    def begin(self, model: Any, seed: int) -> None:
+        """Fill in what `apply` added: ones."""
+        for module in model.modules():
+            if isinstance(module, ScaledLinear):
+                for scale in (module.scale_in, module.scale_out):
+                    if scale is not None:
+                        placed.fill(scale, partial(torch.ones, scale.shape))
+
+    def merge(self, model: Any) -> None:
+        """Put the scales into the weights."""
+        for module in list(model.modules()):
+            if isinstance(module, ScaledLinear):
+                module.merge()
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    def check(self, layout: Layout, *, length: int, context: int | None, pack: bool) -> list[str]:
+        return []
