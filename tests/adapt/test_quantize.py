@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapt.test_run import recipe
+from adapt.test_adapter_run import recipe
 from adapt.tiny import MODELS, adapted, base, ids, logits, shake
 
 from danlu.adapt import LoRA, folder, quantize
