@@ -6,13 +6,14 @@ Which rows are held out depends on their content alone, and each class gives its
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from danlu import files
 from danlu.data import detect, records, shards, suspect
 from danlu.data.blocks import Reject
 from danlu.data.encode import Encoder, Made, encode
-from danlu.data.example import Content, Labelled, Tagged, Unusable
+from danlu.data.example import Asked, Chosen, Content, Labelled, Similar, Tagged, Unusable
 from danlu.data.inputs import ROW_BYTES, Input
 from danlu.data.split import Split
 from danlu.errors import DataError
@@ -89,8 +90,18 @@ def survey(item: Input, want: str, names: Mapping[str, str], seed: int) -> Seen:
 
 
 def key(content: Content, seed: int) -> int:
-    """Return a number of 64 bits that stands for what a row says, its label left out."""
-    said: Any = content.parts if isinstance(content, Labelled) else content.words if isinstance(content, Tagged) else content
+    """Return a number of 64 bits that stands for what a row says, its label left out; of questions, for their context."""
+    said: Any = content
+    if isinstance(content, Labelled):
+        said = content.parts
+    elif isinstance(content, Tagged):
+        said = content.words
+    elif isinstance(content, Asked):
+        said = content.context
+    elif isinstance(content, Chosen):
+        said = content[:2]
+    elif isinstance(content, Similar):
+        said = content.texts
     return int.from_bytes(blake2b(repr((seed, said)).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
@@ -132,6 +143,13 @@ class Store:
         self.held: dict[str, list[tuple[Made, int, int, int]]] = {}
         self.entries: dict[str, list[shards.Entry]] = {}
         self.sizes: Counter[str] = Counter()
+        self.texts: dict[str, TextIO] = {}
+
+    def tell(self, split: str, text: Mapping[str, Any]) -> None:
+        """Keep what a row of the source said, beside its shards."""
+        if split not in self.texts:
+            self.texts[split] = (self.folder / shards.TEXTS.format(split=split)).open("w", encoding="utf-8")
+        self.texts[split].write(json.dumps(text, ensure_ascii=False) + "\n")
 
     def add(self, split: str, made: Made, *, bytes: int, file: int, line: int) -> None:
         """Take in a row; a full shard is written."""
@@ -158,7 +176,7 @@ class Store:
         if all(one.tags is not None for one in made):
             arrays["tags"] = np.concatenate([one.tags for one in made if one.tags is not None])
         for name in set.intersection(*(set(one.columns) for one in made)):
-            arrays[name] = np.stack([one.columns[name] for one in made])
+            arrays[name] = _stacked([one.columns[name] for one in made])
         (self.folder / split).mkdir(parents=True, exist_ok=True)
         entries = self.entries.setdefault(split, [])
         entries.append(shards.write(self.folder / split, len(entries), arrays))
@@ -168,7 +186,20 @@ class Store:
         """Write what waits; return the shards of each split."""
         for split in list(self.held):
             self.flush(split)
+        for file in self.texts.values():
+            file.close()
+            files.flush(Path(file.name))
         return self.entries
+
+
+def _stacked(values: Sequence[Any]) -> np.ndarray:
+    """Return the values as one array; lists of unequal length (the stretches of rows) end with zeros."""
+    if np.ndim(values[0]) == 0 or len({len(value) for value in values}) == 1:
+        return np.stack(values)
+    out = np.zeros((len(values), max(len(value) for value in values)), values[0].dtype)
+    for row, value in zip(out, values, strict=True):
+        row[: len(value)] = value
+    return out
 
 
 def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Encoder, *,
@@ -189,6 +220,8 @@ def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Enc
                 continue
             split = place(key(content, seed), classes(content))
             number = named.setdefault(row.file, len(named))
+            if rows[0].text is not None:
+                store.tell(split, rows[0].text)
             for made in rows:
                 made.columns.setdefault("example", np.int64(account.rows[split]))
                 store.add(split, made, bytes=row.bytes, file=number, line=row.line)
@@ -203,8 +236,16 @@ def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Enc
             by.template.save(temporary / "tokenizer")
         shards.write_manifest(temporary, {
             "tokenizer": by.tokenizer.sha256, "dtype": by.tokenizer.dtype, "splits": entries, "files": list(named),
-            "inputs": [], "counts": told, "labels": list(by.labels), **facts})
+            "texts": {split: files.sha256(Path(file.name)) for split, file in store.texts.items()}, "inputs": [],
+            "counts": told, "labels": list(by.labels), **facts})
     return told
+
+
+def _learned(made: Made) -> int:
+    """Return how many tokens of a row carry loss."""
+    if made.tags is not None:
+        return int((made.tags >= 0).sum())
+    return len(made.ids) if made.weights is None else int((made.weights > 0).sum())
 
 
 @dataclass
@@ -238,7 +279,7 @@ class Account:
         """Count a stored row."""
         self.documents[split] += 1
         self.tokens[split] += len(made.ids)
-        self.learned[split] += len(made.ids) if made.weights is None else int((made.weights > 0).sum())
+        self.learned[split] += _learned(made)
         self.cut[split] += made.cut > 0
         self.lost[split] += made.cut
 

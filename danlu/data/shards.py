@@ -4,7 +4,9 @@
     DIR/{train,val,test}/00000.safetensors …
         ids [tokens], weights [tokens] (optional), offsets [documents + 1]: document i is ids[offsets[i]:offsets[i + 1]]
         tags [tokens] (optional): a class of each token
-        one number per document in each further column: bytes (size as UTF-8), file (index in manifest["files"]), line …
+        one number per document, or row of numbers, in each further column: bytes (size as UTF-8), file (index in
+        manifest["files"]), line …
+    DIR/{train,val,test}.jsonl (optional): what judging needs of the rows as they were
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ SCHEMA = 1
 COLUMNS: Mapping[str, str] = {"bytes": "int32", "file": "int32", "line": "int64"}
 TOKENS = 1 << 25                # in a shard, before the next one begins
 DOCUMENTS = 1 << 20             # likewise
+TEXTS = "{split}.jsonl"         # beside the folder of a split's shards: what judging needs of the rows as they were
 BASIC = ("ids", "weights", "tags", "offsets")
-ANSWERS = ("tags", "label", "parts", "answer", "example")        # what rows carry beside their ids
+ANSWERS = ("tags", "label", "parts", "answer", "example", "window")      # what rows carry beside their ids
 
 
 class Entry(NamedTuple):
@@ -246,9 +249,11 @@ class Shards:
 
     def verify(self) -> None:
         """Raise DataError naming the first file whose content is not what was written."""
-        for entry in self.entries:
-            path = files.inside(self.folder, entry.file)
-            if files.sha256(path) != entry.sha256:
+        kept = self.manifest.get("texts", {})
+        texts = [(TEXTS.format(split=self.split), kept[self.split])] if self.split in kept else []
+        for name, sha256 in (*((entry.file, entry.sha256) for entry in self.entries), *texts):
+            path = files.inside(self.folder, name)
+            if not path.is_file() or files.sha256(path) != sha256:
                 raise DataError(_("the file is damaged: its SHA-256 does not fit the manifest"), where=str(path),
                                 fix=_("delete the folder and run `danlu prepare` again"))
 
@@ -295,6 +300,11 @@ class Shards:
             base = int(arrays["offsets"][number])
             return arrays["tags"][base + start : base + stop]
         return np.asarray(arrays[name][number])
+
+    def texts(self) -> list[dict[str, Any]]:
+        """Return what was kept of the rows themselves, in the order of column `example`; [] where nothing was."""
+        path = self.folder / TEXTS.format(split=self.split)
+        return list(files.read_lines(path)) if path.is_file() else []
 
     def tally(self, name: str, classes: int) -> np.ndarray:
         """Return how often each of `classes` stands in a column [classes] int64: numbers, -100 for none, or zeros and ones."""

@@ -122,6 +122,12 @@ class Tokenizer:
         second = len(stretches[1]) + len(after) if types and len(stretches) > 1 else 0
         return row, (len(row) - second, second)
 
+    def begins(self, stretches: Sequence[np.ndarray]) -> tuple[int, ...]:
+        """Return where in the row of `together` each stretch begins."""
+        before, between, _after, _types = self._around[len(stretches) - 1]
+        first = len(before)
+        return (first,) if len(stretches) == 1 else (first, first + len(stretches[0]) + len(between))
+
     def room_beside(self, stretches: int) -> int:
         """Return how many special tokens `together` adds."""
         before, between, after, _types = self._around[stretches - 1]

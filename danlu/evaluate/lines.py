@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ from danlu.train.recipe import Run
 from danlu.words import _
 
 Row = dict[str, np.ndarray]
-TARGETS = {"label": "label", "labels": "label", "score": "score", "tags": "tags", "answer": "answers", "choice": "choice"}
+TARGETS = {"label": "label", "labels": "label", "score": "score", "tags": "tags", "answer": "answers", "choice": "choice",
+           "similar": "score"}
 
 
 class Line(NamedTuple):
@@ -45,6 +46,7 @@ class Line(NamedTuple):
     rows: tuple[Row, ...] = ()
     bytes: int = 0
     cut: int = 0                                         # ids that the policy took away
+    kept: Mapping[str, Any] | None = None                # what judging needs of the row where it is several rows of ids
     reason: str = ""                                     # why there are no rows, as a word for counting, …
     detail: str = ""                                     # … and what is wrong
 
@@ -125,9 +127,9 @@ def line_of(row: records.Record, understand: detect.Reader, reading: Reading) ->
         made = encode(_bare(content) if reading.unlabelled else content, reading.by)
     except Unusable as error:
         return line._replace(reason=error.reason, detail=error.detail)
-    if not reading.unlabelled and line.label is None:
+    if not reading.unlabelled and line.label is None and not isinstance(content, Similar):
         return line._replace(reason="missing", detail="the row has no label")
-    return line._replace(rows=tuple(map(row_of, made)), cut=sum(one.cut for one in made))
+    return line._replace(rows=tuple(map(row_of, made)), cut=sum(one.cut for one in made), kept=made[0].text)
 
 
 def row_of(made: Made) -> Row:
@@ -146,6 +148,8 @@ def _bare(content: Content) -> Content:
         return content._replace(label=None)
     if isinstance(content, Tagged):
         return content._replace(tags=None)
+    if isinstance(content, Similar):
+        return content._replace(score=None)
     return content._replace(answers=()) if isinstance(content, Asked) else content
 
 
@@ -196,13 +200,26 @@ def prepared(folder: Path, split: str, tokenizer: Tokenizer, objective: Objectiv
     table = _numbers(shards, objective)
     rows = stream(shards, objective, length=length, overlong=overlong, pack=False, seed=None)
 
-    def lines() -> Iterator[Line]:
+    kept = shards.texts()
+
+    def read_rows() -> Iterator[tuple[int, Row]]:
         for plan, _after in islice(rows.plans(rows.begin()), rows.rows(0)):
-            row = _renumbered(rows.read(plan), table, shards, plan.pieces[0][0])
-            file, _colon, line = shards.where(plan.pieces[0][0]).rpartition(":")
+            yield plan.pieces[0][0], _renumbered(rows.read(plan), table, shards, plan.pieces[0][0])
+
+    def lines() -> Iterator[Line]:
+        for _example, group in groupby(read_rows(), lambda at: int(at[1]["example"])):      # windows of a row follow each other
+            found = list(group)
+            document, row = found[0]
+            file, _colon, number = shards.where(document).rpartition(":")
+            line = Line(file, int(number), {}, None, None, rows=tuple(one for _document, one in found))
+            if kept:
+                text = kept[int(row["example"])]
+                words = text["words"] if "words" in text else [text["question"], text["context"]]
+                yield line._replace(text=words, label=text["tags"] if "tags" in text else text["answers"], kept=text)
+                continue
             borders = np.cumsum(row["parts"])[:-1] if "parts" in row else np.zeros(0, np.int64)
             said = [tokenizer.decode(part, special=False) for part in np.split(row["ids"], borders) if len(part)]
-            yield Line(file, int(line), {}, said[0] if len(said) == 1 else said, _name(row, objective), rows=(row,))
+            yield line._replace(text=said[0] if len(said) == 1 else said, label=_name(row, objective))
 
     return lines(), rows.counts
 
@@ -241,7 +258,7 @@ def _name(row: Row, objective: Objective) -> Any:
     label = row["label"]
     if label.ndim:
         return [name for name, there in zip(labels, label, strict=True) if there]
-    return labels[int(label)] if labels else float(label)
+    return labels[int(label)] if labels else label.item()
 
 
 def named(path: str) -> str:

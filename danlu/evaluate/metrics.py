@@ -24,6 +24,7 @@ from danlu.words import _
 
 RESAMPLES = 1000
 WORK = 20_000_000                                        # rows × resamples × classes an AUC may cost: about a second
+BLOCK = 1024                                             # queries that are compared with all texts at once
 Ints = NDArray[np.int64]
 HIGHER: dict[str, bool] = {                              # whether more is better
     "accuracy": True, "precision": True, "recall": True, "f1": True,
@@ -32,6 +33,7 @@ HIGHER: dict[str, bool] = {                              # whether more is bette
     "precision_weighted": True, "recall_weighted": True, "f1_weighted": True,
     "mcc": True, "auc": True, "subset_accuracy": True, "hamming_loss": False,
     "pearson": True, "spearman": True, "mse": False, "mae": False,
+    "accuracy_at_1": True, "mrr": True,
     "exact_match": True, "has_answer_exact_match": True, "has_answer_f1": True, "no_answer_exact_match": True,
     "no_answer_f1": True, "bleu": True, "chrf": True, "rouge1": True, "rouge2": True, "rougeL": True,
     "loss": False, "perplexity": False, "bits_per_byte": False,
@@ -303,6 +305,26 @@ def _ranks(times: Floats, x: Floats) -> Floats:
     _values, group = np.unique(x, return_inverse=True)
     held = _by_class(times, group, int(group.max()) + 1)
     return (np.cumsum(held, 1) - held / 2 + 0.5)[:, group]
+
+
+def retrieval(queries: NDArray[Any], texts: NDArray[Any], *, resamples: int = RESAMPLES, seed: int = 0) -> Judged:
+    """Return accuracy_at_1 and mrr of finding each query's own text among all of them by cosine; queries, texts [N, D].
+
+    mrr: the mean of 1 / rank (Voorhees, 1999).  A text that scores the same as the own one does not stand before it, for it
+    may be the same text.
+    """
+    queries, texts = (np.asarray(part, np.float64) for part in (queries, texts))
+    _check(queries, texts)
+    queries, texts = (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in (queries, texts))
+    ranks = np.empty(len(queries))
+    for start in range(0, len(queries), BLOCK):
+        part = queries[start : start + BLOCK]
+        scores = part @ texts.T
+        own = scores[np.arange(len(part)), start + np.arange(len(part))]
+        ranks[start : start + len(part)] = 1 + (scores > own[:, None] + 1e-9).sum(1)
+    ones = np.ones(len(ranks))
+    return Judged({"accuracy_at_1": estimate((ranks == 1).astype(np.float64), ones, resamples=resamples, seed=seed),
+                   "mrr": estimate(1 / ranks, ones, resamples=resamples, seed=seed)})
 
 
 def _check(truth: NDArray[Any], outputs: Floats) -> None:

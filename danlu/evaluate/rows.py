@@ -32,6 +32,7 @@ from danlu.evaluate.subject import Subject, open_subject
 from danlu.evaluate.tell import Said, of_report, tell, unlabelled
 from danlu.log import say
 from danlu.nn import paths
+from danlu.objectives import Answer
 from danlu.objectives.protocol import Objective
 from danlu.train.intake import refuse_rejects
 from danlu.words import _
@@ -71,7 +72,8 @@ class Task:
         """Return what makes ids of raw rows, as in training."""
         room, _overlap, reserve = self.objective.room(self.length)
         return Encoder(self.subject.tokenizer, length=room - reserve, overlong=self.overlong,
-                       labels=tuple(getattr(self.objective, "labels", ())), several=self.objective.wants == "labels")
+                       labels=tuple(getattr(self.objective, "labels", ())), several=self.objective.wants == "labels",
+                       stride=self.objective.stride if isinstance(self.objective, Answer) else 0)
 
     def reading(self, how: How, *, unlabelled: bool = False) -> Reading:
         """Return how raw rows are read."""
@@ -201,10 +203,10 @@ def evaluate(task: Task, lines: Iterable[Line], *, name: str, place: str, write:
     share: of the rows that may be unusable and left out.  Raises DataError for more, at once if there may be none, and for a
     label that the model does not know.
     """
-    metrics.require()
-    began, said, rejects = time.perf_counter(), judge.Said(task.objective), list[dict[str, Any]]()
+    judge.require(task.objective)
+    began, said, rejects = time.perf_counter(), judge.Said(task.objective, task.length), list[dict[str, Any]]()
     rows: Counter[str] = Counter(read=0, judged=0)
-    for line, outs in answered(task, _usable(lines, rows, rejects, share), said=said):
+    for line, outs in answered(task, _numbered(_usable(lines, rows, rejects, share), said), said=said):
         told = of_report(tell(task.objective, outs, line))
         if not all(np.isfinite(out).all() for out in outs):
             told = {key: value for key, value in told.items() if not isinstance(value, float) or math.isfinite(value)}
@@ -213,8 +215,16 @@ def evaluate(task: Task, lines: Iterable[Line], *, name: str, place: str, write:
     refuse_rejects(place, rows["read"], Counter(r["reason"] for r in rejects), rejects, share)
     if not rows["judged"]:
         raise DataError(_("there is no row to evaluate"), where=place)
-    judged = judge.judge(task.objective, said.arrays(), resamples=metrics.RESAMPLES)
+    judged = judge.judge(task.objective, said.arrays(), said.texts, resamples=metrics.RESAMPLES)
     return Finding(name, place, task, judged, rows, time.perf_counter() - began)
+
+
+def _numbered(lines: Iterable[Line], said: judge.Said) -> Iterator[Line]:
+    """Yield the lines with their numbers in their rows, by which the windows of one are put together again."""
+    for number, line in enumerate(lines):
+        if line.kept is not None:
+            said.texts.append(line.kept)
+        yield line._replace(rows=tuple(row | {"example": np.array(number)} for row in line.rows))
 
 
 def _usable(lines: Iterable[Line], rows: Counter[str], rejects: list[dict[str, Any]], share: float) -> Iterator[Line]:

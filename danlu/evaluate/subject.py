@@ -15,7 +15,7 @@ from danlu.errors import ConfigError, IncompatibleError
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.nn.tasks import Head
-from danlu.objectives import CausalLM, Classify, Mixture, Objective, Regress, Tasks
+from danlu.objectives import Answer, CausalLM, Choose, Classify, Mixture, Objective, Regress, Tag, Tasks
 from danlu.train import checkpoint
 from danlu.train.recipe import Run
 from danlu.words import _
@@ -64,7 +64,7 @@ class Subject:
                     names=", ".join(head.name for head in heads)), where=str(self.folder))
             return objective_of(heads[0], str(self.folder))
         objective: Any = self.run.objective
-        if isinstance(objective, Classify):
+        if isinstance(objective, Classify | Tag):
             return objective.model_copy(update={"labels": objective.labels or heads[0].labels, "class_weights": "none"})
         return objective                                 # type: ignore[no-any-return]
 
@@ -84,6 +84,10 @@ class Subject:
 
 def objective_of(head: Head, where: str) -> Objective:
     """Return the objective that a head without a recipe was made for.  Raises IncompatibleError."""
+    if head.kind == "tag":
+        return Tag(name=head.name, labels=head.labels)
+    if head.kind in ("answer", "choose"):
+        return (Answer if head.kind == "answer" else Choose)(name=head.name)
     if head.kind != "classify":
         raise IncompatibleError(_("what a head of kind {kind} was trained on is not known without its run").format(
             kind=head.kind), where=where, fix=_("give the run folder"))

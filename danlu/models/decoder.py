@@ -6,7 +6,7 @@ B rows, T tokens, D width, H query heads, G key heads, K head width, F hidden wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
-from danlu.models.names import THEIRS, Name, rows, task_names
 from danlu.nn import attention, head, placed
 from danlu.nn.ahead import Ahead
 from danlu.nn.cache import Cache, Past
@@ -256,8 +255,8 @@ class DecoderModel(nn.Module):
 
         ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  `last`: only the last token's
         logits, [B, 1, V].  Heads of tasks stand under their names: classify [B, K], tag [B, T, K], answer [B, T, 2],
-        choose [B, P], embed [B, P, D]; ends [B] or [B, P]: the last token of the row, or of each stretch.  `types` and
-        `starts` are an encoder's and not used.
+        choose [B, P], embed [B, P, D], all but tag of whole rows under context parallelism; ends [B] or [B, P]: the last
+        token of the row, or of each stretch.  `types` and `starts` are an encoder's and not used.
         """
         skip = self.ahead.tokens if cache is None or not cache.length else 0
         x = self.enter(ids, positions, cache)
@@ -311,7 +310,10 @@ class DecoderModel(nn.Module):
     def _say(self, task: Head, x: Tensor, segments: Tensor | None, ends: Tensor | None) -> Tensor:
         """Return what the head of a task says of x [B, T, D]."""
         head: Any = self.heads[task.name]
-        if task.kind in ("tag", "answer"):
+        if task.kind == "tag":
+            return head(self.norm(x))                                                   # type: ignore[no-any-return]
+        x = x if self.span is None else self.span.whole(x)
+        if task.kind == "answer":
             return head(self.norm(x))                                                   # type: ignore[no-any-return]
         if task.kind == "embed":
             return pooled(self.norm(x), segments, 1 if ends is None or ends.ndim == 1 else ends.shape[1])
@@ -375,66 +377,3 @@ class DecoderModel(nn.Module):
 def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
     source = torch.Generator().manual_seed(seed)
     return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=source)
-
-
-def names(cfg: Decoder) -> Iterator[Name]:
-    """Yield the Hugging Face name of every weight."""
-    if cfg.family == "gpt2":
-        listed = _gpt2(cfg)
-    else:
-        listed = [Name(theirs, (ours,)) for ours, theirs in _LLAMA.items() if _has(cfg, ours)]
-        listed.append(Name("model.layers.{i}.self_attn.rotary_emb.inv_freq", ()))       # old files hold it
-    own = ("embed.weight" if cfg.tied else "head.weight",) if cfg.lm else ()
-    listed.append(Name("lm_head.weight", own, copy=cfg.tied))
-    theirs = THEIRS | {"classify": "score"} | ({} if cfg.family == "gpt2" else {"tag": "score"})
-    biased = {head.name for head in cfg.tasks if head.kind != "classify"}
-    return rows([*listed, *task_names(cfg.tasks, {}, theirs=theirs, biased=lambda head: head.name in biased)], cfg.layers)
-
-
-_LLAMA = {
-    "embed.weight": "model.embed_tokens.weight",
-    "blocks.{i}.norm1.weight": "model.layers.{i}.input_layernorm.weight",
-    **{f"blocks.{{i}}.attention.{x}.{kind}": f"model.layers.{{i}}.self_attn.{x}_proj.{kind}"
-       for x in "qkvo" for kind in ("weight", "bias")},
-    "blocks.{i}.attention.q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
-    "blocks.{i}.attention.k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
-    "blocks.{i}.norm2.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    **{f"blocks.{{i}}.mlp.{x}.{kind}": f"model.layers.{{i}}.mlp.{x}_proj.{kind}"
-       for x in ("gate", "up", "down") for kind in ("weight", "bias")},
-    "norm.weight": "model.norm.weight",
-}
-
-
-def _has(cfg: Decoder, ours: str) -> bool:
-    if ours.endswith(".bias"):
-        part = ours.split(".")[-2]
-        return cfg.mlp_bias if "mlp" in ours else cfg.out_bias if part == "o" else cfg.qkv_bias
-    return cfg.qk_norm or not ours.endswith(("q_norm.weight", "k_norm.weight"))
-
-
-def _gpt2(cfg: Decoder) -> list[Name]:
-    """Return GPT-2's names: its projections are stored transposed, and queries, keys and values in one tensor."""
-    d, f = cfg.width, cfg.hidden
-    at, layer = "blocks.{i}.", "transformer.h.{i}."
-    listed = [Name("transformer.wte.weight", ("embed.weight",)), Name("transformer.wpe.weight", ("position.weight",))]
-    qkv = [f"{at}attention.{x}" for x in "qkv"]
-    for theirs, ours, biased, size in (
-        ("attn.c_attn", qkv, cfg.qkv_bias, 3 * d), ("attn.c_proj", [f"{at}attention.o"], cfg.out_bias, d),
-        ("mlp.c_fc", [f"{at}mlp.up"], cfg.mlp_bias, f), ("mlp.c_proj", [f"{at}mlp.down"], cfg.mlp_bias, d),
-    ):
-        listed.append(Name(f"{layer}{theirs}.weight", tuple(f"{x}.weight" for x in ours), turned=True))
-        listed.append(_bias(f"{layer}{theirs}", ours, biased, size))
-    for theirs, norm in ((f"{layer}ln_1", f"{at}norm1"), (f"{layer}ln_2", f"{at}norm2"), ("transformer.ln_f", "norm")):
-        listed += [Name(f"{theirs}.weight", (f"{norm}.weight",)), _bias(theirs, [norm], cfg.norm_bias, d)]
-    return [*listed, Name(f"{layer}attn.bias", ()), Name(f"{layer}attn.masked_bias", ())]       # masks in old files
-
-
-def _bias(theirs: str, ours: list[str], biased: bool, size: int) -> Name:
-    """Return the name of a bias; where ours has none, theirs is zero."""
-    return Name(f"{theirs}.bias", tuple(f"{x}.bias" for x in ours) if biased else (), zeros=None if biased else (size,))
-
-
-def modern(cfg: Decoder, name: str) -> str:
-    """Return what `names` calls a tensor that a file of the bare model, without its head, calls `name`."""
-    prefix = "transformer." if cfg.family == "gpt2" else "model."
-    return name if name.startswith((prefix, "lm_head.", "heads.", "score.", "classifier.", "qa_outputs.")) else prefix + name

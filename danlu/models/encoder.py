@@ -232,6 +232,7 @@ class EncoderModel(nn.Module):
         positions whose weight is not 0.  ids, positions, segments, types [B, T].  What is said of pairs is read off the
         first token of each row.  Heads of tasks stand under their names: classify [B, K], tag [B, T, K], answer [B, T, 2],
         choose [B, P], embed [B, P, D]; starts [B, P]: the first token of each stretch.  `ends` is a decoder's and not used.
+        Under context parallelism answer, choose and embed are of whole rows.
         """
         x = self.through(self.enter(ids, positions, types), segments)
         return self.leave(x, labels, weights, segments=segments, starts=starts) if self.last else x
@@ -286,6 +287,8 @@ class EncoderModel(nn.Module):
     def _say(self, task: Head, x: Tensor, segments: Tensor | None, starts: Tensor | None) -> Tensor:
         """Return what the head of a task says of x [B, T, D]."""
         head: Any = self.heads[task.name]
+        if task.kind not in ("tag", "classify") and self.span is not None:
+            x = self.span.whole(x)
         if task.kind in ("tag", "answer"):
             return head(x)                                                              # type: ignore[no-any-return]
         if task.kind == "embed":

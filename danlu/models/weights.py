@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from danlu import files, tensorfile
 from danlu.errors import ConfigError, DataError, IncompatibleError, SecurityError
 from danlu.fault import fault
-from danlu.models import decoder, decoder_config, encoder, encoder_config, names
+from danlu.models import decoder, decoder_config, decoder_names, encoder, encoder_config, names, sentences
 from danlu.models.build import Network, build
 from danlu.nn import placed
 from danlu.words import _
@@ -39,7 +39,7 @@ class _Family(NamedTuple):
     write: Callable[[Any], dict[str, Any]]
 
 
-_DECODER = _Family(decoder.names, decoder.modern, decoder_config.read, decoder_config.write)
+_DECODER = _Family(decoder_names.names, decoder_names.modern, decoder_config.read, decoder_config.write)
 _ENCODER = _Family(encoder.names, encoder.modern, encoder_config.read, encoder_config.write)
 _TYPES = dict.fromkeys(decoder.FAMILIES, _DECODER) | dict.fromkeys(encoder.FAMILIES, _ENCODER)
 
@@ -256,6 +256,7 @@ def write_folder(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, like
     kind = {"torch_dtype": kinds.pop()} if len(kinds) == 1 else {}
     files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **special})
     files.write_json(folder / "generation_config.json", special)
+    sentences.write(folder, cfg)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
     return written

@@ -33,6 +33,11 @@ class Span(NamedTuple):
         return whole
 
 
+    def whole(self, x: Tensor) -> Tensor:
+        """Return [B, T, …] as `gather`, but in the order of the row."""
+        return self.gather(x).index_select(1, self.order.argsort())
+
+
 class Cut(NamedTuple):
     """A vocabulary of which this process has the ids from `first` on."""
 

@@ -58,10 +58,7 @@ class Classify(Model):
 
     def meet(self, labels: Sequence[str], counts: Sequence[int]) -> Self:
         """Return the objective with the classes of the data, of which each stands there `counts` times."""
-        weights = self.class_weights
-        if weights == "balanced":                        # as scikit-learn has it
-            weights = {name: sum(counts) / (len(labels) * max(1, n)) for name, n in zip(labels, counts, strict=True)}
-        return self.model_copy(update={"labels": tuple(labels), "class_weights": weights})
+        return self.model_copy(update={"labels": tuple(labels), "class_weights": balanced(self.class_weights, labels, counts)})
 
     def room(self, length: int) -> tuple[int, int, int]:
         return length, 0, 0
@@ -90,7 +87,7 @@ class Classify(Model):
 
     def loss(self, out: Out, batch: Batch) -> Tensor:
         """Return [1]: cross-entropy (of several classes, binary and averaged over them), summed by weight."""
-        logits, label, weights = _full(out[self.name]), batch["label"], batch["label_weights"]
+        logits, label, weights = full(out[self.name]), batch["label"], batch["label_weights"]
         if self.several:
             target = label.to(logits.dtype) * (1 - self.smoothing) + self.smoothing / 2
             losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -145,9 +142,17 @@ class Regress(Model):
 
     def loss(self, out: Out, batch: Batch) -> Tensor:
         """Return [1]: squared errors, summed."""
-        said = _full(out[self.name])[:, 0]
+        said = full(out[self.name])[:, 0]
         return ((said - batch["label"].to(said.dtype)).square() * batch["label_weights"]).sum()[None]
 
 
-def _full(logits: Tensor) -> Tensor:
+def balanced(weights: str | dict[str, float], labels: Sequence[str], counts: Sequence[int]) -> str | dict[str, float]:
+    """Return the weights of classes; `balanced` as scikit-learn has it: inverse to their counts."""
+    if weights != "balanced":
+        return weights
+    return {name: sum(counts) / (len(labels) * max(1, n)) for name, n in zip(labels, counts, strict=True)}
+
+
+def full(logits: Tensor) -> Tensor:
+    """Return logits of at least fp32, in which losses are computed."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -127,6 +127,45 @@ def rectangle(rows: Sequence[Row], vocab: Special, length: int) -> Columns:
     return columns
 
 
+def stretched(rows: Sequence[Row], vocab: Special, length: int, sizes: np.ndarray) -> Columns:
+    """Return rows of several texts that do not see each other; sizes [B, P]: how many ids each has, 0 for no text.
+
+    ids, segments (text p is p + 1), positions [B, T]; of each text the first and the last token: starts, ends [B, P], 0 for
+    no text, and there [B, P]: 1 where there is one.
+    """
+    flat = flatten(rows)
+    assert (sizes.sum(1) == flat.sizes).all() and flat.sizes.max() <= length, "parts and ids of a row belong together"
+    at, shape = flat.row * length + flat.place, (len(rows), length)
+    segments = spread(np.repeat(np.tile(np.arange(1, sizes.shape[1] + 1), len(rows)), sizes.ravel()), at, shape, 0, np.int32)
+    stops = sizes.cumsum(1)
+    there = sizes > 0
+    return {"ids": spread(flat.ids, at, shape, pad_id(vocab), np.int64), "segments": segments, "positions": restart(segments),
+            "starts": np.where(there, stops - sizes, 0).astype(np.int64), "ends": np.where(there, stops - 1, 0).astype(np.int64),
+            "there": there.astype(np.uint8)}
+
+
+def padded(rows: Sequence[Row], name: str) -> np.ndarray:
+    """Return a column of lists of unequal length as [B, P], with zeros at their ends and none that no row needs."""
+    out = np.zeros((len(rows), max(len(row[name]) for row in rows)), np.int64)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row[name])] = row[name]
+    return out[:, : int(np.flatnonzero(out.any(0))[-1]) + 1]
+
+
+def labels_of(rows: Sequence[Row], kind: type) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels [B] and their weights [B]: 0 where a row has none, since it is to be predicted."""
+    known = np.array(["label" in row for row in rows])
+    return np.array([row.get("label", 0) for row in rows], kind), known.astype(np.float32)
+
+
+def origin(rows: Sequence[Row]) -> Columns:
+    """Return where the rows come from, for judging them: row_weights [B] (0 for a row that only fills the batch), and
+    example [B], window [B, 3] where they have it."""
+    found = {name: np.stack([row[name] for row in rows]).astype(np.int64)
+             for name in ("example", "window") if all(name in row for row in rows)}
+    return found | {"row_weights": np.ones(len(rows), np.float32)}
+
+
 def restart(segments: np.ndarray) -> np.ndarray:
     """Return positions [B, T] that start from 0 in each segment; 0 on padding."""
     first = np.ones(segments.shape, bool)

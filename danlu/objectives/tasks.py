@@ -19,13 +19,15 @@ from danlu.config import Model
 from danlu.data.tokenizer import Special
 from danlu.errors import ConfigError
 from danlu.nn.tasks import Head
+from danlu.objectives.answer import Answer
 from danlu.objectives.classify import Classify, Regress
 from danlu.objectives.frame import pad_id
 from danlu.objectives.mixture import Mixture, Single, spell_out
 from danlu.objectives.protocol import UNLEARNED, Batch, Objective, Out, Rng, Row
+from danlu.objectives.tag import Tag
 from danlu.words import _
 
-Each = Annotated[Single | Mixture | Classify | Regress, Field(discriminator="kind")]
+Each = Annotated[Single | Mixture | Classify | Regress | Tag | Answer, Field(discriminator="kind")]
 TRAINED = ("data", "continual.replay.data")              # keys of a recipe that name what is learned from
 _ISOLATING = ("segments", "positions")                   # columns that are left out where every row is one full document
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -223,7 +225,8 @@ def blank(objective: Objective, vocab: Special) -> Row:
     ids, none = np.full(2, pad_id(vocab), np.int64), np.zeros(4, np.int64)
     return {"ids": ids, "weights": np.zeros(2, np.float32), "segments": np.ones(2, np.int32), "documents": none[:1], "key": none,
             "other": ids, "label": np.zeros(several or (), np.int64), "parts": np.array([2, 0], np.int32),
-            "tags": np.full(2, UNLEARNED, np.int16), "answer": np.full(2, -1, np.int32), "example": none[0]}
+            "tags": np.full(2, UNLEARNED, np.int16), "answer": np.full(2, -1, np.int32), "example": none[0],
+            "window": np.zeros(3, np.int32)}
 
 
 def _isolated(batch: Batch, length: int) -> Batch:

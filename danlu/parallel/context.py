@@ -36,17 +36,30 @@ def attach(model: Any, world: World, length: int) -> Span | None:
     return span
 
 
+# Columns that say something of a row or of its stretches, however many numbers that is.
+OF_ROWS = frozenset({"label", "label_weights", "row_weights", "answer", "window", "example", "starts", "ends", "there"})
+
+
 def cut(batch: Batch, span: Span | None, *, first: bool) -> Batch:
     """Return the batch with this process's tokens of each column [B, T]; segments stay whole, since they say who sees whom.
 
-    What is learned once a row (columns `…_weights` [B]) is learned where the row's first token is: `first`.
+    What is learned once a row (columns `…_weights` [B] or [B, K]) is learned where the row's first token is: `first`.
     """
     if span is None:
         return batch
     tokens, made = len(span.order), {}
     for name, column in batch.items():
-        if name == "segments" or column.ndim < 2 or column.shape[1] != tokens:
+        if name == "segments" or name.rpartition("/")[2] in OF_ROWS or column.ndim < 2 or column.shape[1] != tokens:
             made[name] = torch.zeros_like(column) if name.endswith("_weights") and not first else column
         else:
             made[name] = column.index_select(1, span.mine)
     return made
+
+
+def whole(column: Tensor, span: Span | None, world: World, *, tokens: bool) -> Tensor:
+    """Return a column as it is where nothing is cut: of all tokens [B, T, …], or of rows, as the first process has it."""
+    if span is None:
+        return column
+    if tokens:
+        return span.whole(column)
+    return world.add(column if world.index("cp") == 0 else torch.zeros_like(column), ("cp",))

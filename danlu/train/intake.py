@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, DataError
 from danlu.log import count, say
 from danlu.models import weights
+from danlu.objectives import Answer
 from danlu.objectives.protocol import Objective
 from danlu.objectives.tasks import single
 from danlu.train import checkpoint
@@ -93,7 +94,7 @@ def _encoder(run: Run, task: str | None, tokenizer: Tokenizer, folder: Path, fou
     room, _overlap, reserve = objective.room(run.length)
     template = chat.Template.load(tokenizer, run.chat.template or folder) if objective.wants == "chat" else None
     by = Encoder(tokenizer, length=room - reserve, overlong=run.overlong, learn=run.chat.learn, template=template,
-                 several=objective.wants == "labels")
+                 several=objective.wants == "labels", stride=objective.stride if isinstance(objective, Answer) else 0)
     return _with_labels(run, objective, by, found)
 
 
@@ -116,7 +117,8 @@ class Maker:
         stamp = [[f.path, f.size, f.mtime] for f in resolve([item])]
         settings = {"want": objective.wants, "names": names, "length": by.length, "overlong": by.overlong,
                     "share": self.share, "into": self.into, "seed": run.seed, "labels": by.labels, "learn": by.learn,
-                    "tokenizer": by.tokenizer.sha256, "template": by.template.text if by.template is not None else None}
+                    "stride": by.stride, "tokenizer": by.tokenizer.sha256,
+                    "template": by.template.text if by.template is not None else None}
         key = files.digest({"files": stamp, "input": item.model_dump(mode="json"), **settings})
         folder = run.out / "data" / f"{Path(source.path.partition('#')[0]).stem or 'rows'}-{key[:12]}"
         if (folder / "manifest.json").is_file():         # an audit may have made it, which allows any share
@@ -202,7 +204,7 @@ def _with_labels(run: Run, objective: Objective, by: Encoder, found: Surveys) ->
         first = next((run.named[key][number].path for key, number in found), None)
         raise DataError(_("the rows have {n} classes, and one or none cannot be told apart: {names}").format(
             n=len(named), names=", ".join(named)), where=first)
-    return Encoder(by.tokenizer, by.length, by.overlong, named, by.template, by.learn, by.several)
+    return replace(by, labels=named)
 
 
 def _known(start: Path, objective: Objective, told: set[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from danlu.config import Model
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
-from danlu.objectives import Objectives
+from danlu.objectives import Embed, Objectives
 from danlu.objectives.tasks import check_sources
 from danlu.optim import Optimizers
 from danlu.schedule import Schedules
@@ -171,9 +171,9 @@ class Run(Model):
         problems += check_sources(self.objective, {key: [s.task for s in sources] for key, sources in self.named.items()})
         if self.pack and self.objective.partner:
             problems.append(_("sentence pairs fill their rows themselves; set pack=false"))
-        if self.model is not None and self.model.kind == "decoder" and self.layout.cp > 1 and self.objective.tasks():
-            problems.append(_("objective {kind} reads the last token of a row, which layout.cp cuts away; set layout.cp=1")
-                            .format(kind=self.objective.kind))
+        if isinstance(self.objective, Embed) and self.objective.across and (self.layout.dp > 1 or self.layout.micro > 1):
+            problems.append(_("the contrastive loss compares all rows of a step, which layout.dp and layout.micro deal out; set "
+                              "both to 1, or objective.loss=cosine"))
         if self.model is not None and self.length > self.model.context:
             problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
                             .format(length=self.length, context=self.model.context))

@@ -22,6 +22,7 @@ from danlu.generate import generate
 from danlu.log import Metrics, say, silence
 from danlu.models.decoder import DecoderModel
 from danlu.nn import placed
+from danlu.objectives import Embed
 from danlu.objectives.protocol import Batch
 from danlu.objectives.tasks import Tasks, single, singles, terms_of
 from danlu.parallel import World
@@ -128,7 +129,7 @@ def measured(run: Run, work: Work, data: Data, parts: Sequence[Shards], *, task:
              alive: Callable[[], None] = lambda: None) -> Loss:
     """Return loss and figures of a task on all rows of `parts`."""
     engine, objective, found = work.plain, single(run.objective, task), []
-    said = Said(objective) if can_judge(objective) and run.layout.pp == 1 else None
+    said = Said(objective, run.length, engine.whole) if can_judge(objective) and run.layout.pp == 1 else None
 
     def sums(batch: Batch) -> Tensor:
         if said is None:
@@ -141,7 +142,11 @@ def measured(run: Run, work: Work, data: Data, parts: Sequence[Shards], *, task:
         rows = stream(shards, run.objective, task=task, length=run.length, overlong=run.overlong, pack=run.pack, seed=None)
         number, layout = rows.rows(0), run.layout
         alone = engine.world.size == 1
+        if said is not None:
+            said.begin(shards.texts())
         at_once = max(1, run.part_rows, AT_ONCE // run.length) if layout.pp == 1 else run.part_rows * layout.micro
+        if isinstance(objective, Embed) and objective.across:
+            at_once = run.part_rows                      # the others of a batch make its loss
         steps = Steps(rows, run.objective, data.tokenizer.special, length=run.length, seed=0, position=rows.begin(),
                       per_step=min(number, at_once) if alone else at_once * layout.dp, rows_in_all=number,
                       share=(engine.world.index("dp"), layout.dp), fill=not alone, tight=run.tight)
@@ -150,7 +155,7 @@ def measured(run: Run, work: Work, data: Data, parts: Sequence[Shards], *, task:
                        bytes=predicted_bytes(shards, data.tokenizer) if told else 0)
         found.append(replace(each, sums=engine.total(each.sums), counts=engine.world.add(each.counts, ("dp", "cp"))))
     figures = {} if said is None else {n: one.value for n, one in judge(
-        objective, together(said.arrays(), engine.world), resamples=RESAMPLES).figures.items() if n != "loss"}
+        objective, together(said.arrays(), engine.world), said.texts, resamples=RESAMPLES).figures.items() if n != "loss"}
     where = terms_of(run.objective, task)
     return Loss(objective.terms, objective.scales, torch.cat([p.sums for p in found])[:, where],
                 torch.cat([p.counts for p in found])[:, where],

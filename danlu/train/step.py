@@ -77,6 +77,10 @@ class Engine:
         with autocast(self.precision, self.device):
             return self.placed.call(**{name: batch[name] for name in self.objective.inputs if name in batch})  # type: ignore[no-any-return]
 
+    def whole(self, column: Tensor, *, tokens: bool) -> Tensor:
+        """Return a column of this process's rows as it is where no row is cut; tokens: it is of tokens [B, T, …]."""
+        return context.whole(column, self.placed.span, self.world, tokens=tokens)
+
     def total(self, sums: Tensor) -> Tensor:
         """Return sums of this process's rows, of any shape, summed over all processes: each row and each token once."""
         return self.world.add(sums.double().cpu(), ("pp", "dp", "cp"))

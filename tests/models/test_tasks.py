@@ -35,7 +35,7 @@ CASES: list[tuple[str, Config]] = [
       for family in ("bert", "roberta") for kind in ("classify", "tag", "answer")),
     *((f"{family} {kind}", decoder(family, Head.model_validate({"kind": kind, "labels": LABELS})))
       for family in ("gpt2", "llama", "qwen2", "mistral") for kind in ("classify", "tag")),
-    ("gpt2 answer", decoder("gpt2", Head(kind="answer"))),
+    *((f"{family} answer", decoder(family, Head(kind="answer"))) for family in ("gpt2", "llama", "qwen2", "qwen3", "mistral")),
 ]
 OUT = {"classify": "logits", "tag": "logits", "answer": "start_logits"}
 AUTO: dict[str, Any] = {

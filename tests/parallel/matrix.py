@@ -1,7 +1,7 @@
 """Every layout against one process: the same rows, losses and gradients per parameter, in float64.
 
 Run by the tests as each of N processes; prints one JSON line for each case.  `python matrix.py CASE …` takes some of them,
-and the word `adapters` the adapters in place of the plain models.
+and the word `adapters` the adapters in place of the plain models, the word `heads` the heads of tasks.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +25,7 @@ from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.nn import placed
 from danlu.nn.tasks import Head
-from danlu.objectives.classify import Classify, Regress
+from danlu.objectives import Answer, Choose, Classify, Embed, Regress, Tag
 from danlu.objectives.lm import CausalLM, MaskedLM
 from danlu.objectives.mixture import Mixture, Part
 from danlu.objectives.pairs import NextSentence
@@ -35,6 +37,9 @@ from danlu.parallel.world import World, meshed
 from danlu.train.outer import Outer
 from danlu.train.penalty import Pull, fisher
 from danlu.train.step import Engine
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from objectives.small import rng, vocab
 
 ROWS, LENGTH, VOCAB, STEPS = 16, 16, 64, 4
 CPU = torch.device("cpu")
@@ -90,6 +95,53 @@ ADAPTED: dict[str, tuple[str, Adapter]] = {
 }
 
 
+def _encoder(objective: Objective) -> tuple[Config, Objective]:
+    return Encoder.model_validate({
+        "width": 32, "layers": 4, "heads": 4, "vocab": VOCAB, "context": LENGTH, "dropout": 0.0, "attention_dropout": 0.0,
+        "outputs": (), "tasks": objective.tasks()}), objective
+
+
+def _decoder(objective: Objective) -> tuple[Config, Objective]:
+    return Decoder.model_validate({
+        "family": "qwen2", "width": 32, "layers": 4, "heads": 4, "kv_heads": 4, "hidden": 64, "vocab": VOCAB, "context": LENGTH,
+        "lm": False, "tasks": objective.tasks()}), objective
+
+
+LABELS = ("a", "b", "c")
+HEADS: dict[str, tuple[Config, Objective]] = {
+    "classify": _encoder(Classify(labels=LABELS, class_weights={"a": 0.3}, smoothing=0.1)),
+    # as many classes as a row has tokens: their columns are not of tokens all the same
+    "several": _encoder(Classify(labels=tuple(str(n) for n in range(LENGTH)), several=True, focal=1.0)),
+    "regress": _decoder(Regress()), "tag": _encoder(Tag(labels=LABELS, class_weights={"b": 2.0})), "answer": _encoder(Answer()),
+    "choose": _encoder(Choose()), "embed": _encoder(Embed.model_validate({"loss": "cosine"})),
+    "tag, decoder": _decoder(Tag(labels=LABELS)), "answer, decoder": _decoder(Answer()), "choose, decoder": _decoder(Choose()),
+    "embed, decoder": _decoder(Embed.model_validate({"loss": "cosine"})),
+}
+
+
+def rows_of(step: int, objective: Objective) -> dict[str, Tensor]:
+    """Return rows of two stretches of unequal length, labelled for each task."""
+    draw, rows = np.random.default_rng(step), []
+    for _row in range(ROWS):
+        first, second = (int(n) for n in draw.integers(3, LENGTH // 2 + 1, 2))
+        size = first + second
+        row = {"ids": draw.integers(5, VOCAB, size), "weights": np.ones(size, np.float32),
+               "segments": np.ones(size, np.int32), "key": np.zeros(4, np.int64)}
+        if isinstance(objective, Classify | Regress):
+            label: Any = draw.integers(0, 3) if not getattr(objective, "several", False) else draw.integers(0, 2, LENGTH)
+            row |= {"label": np.float32(label) if isinstance(objective, Regress) else label, "parts": np.array([first, second])}
+        elif isinstance(objective, Tag):
+            row |= {"tags": np.where(draw.random(size) < 0.5, draw.integers(0, 3, size), UNLEARNED)}
+        elif isinstance(objective, Answer):
+            row |= {"answer": np.array([first, size - 1]), "parts": np.array([first, second])}
+        elif isinstance(objective, Choose):
+            row |= {"parts": np.array([1, first - 1, 2, second - 2]), "label": draw.integers(0, 2)}
+        else:
+            row |= {"parts": np.array([first, second]), "label": draw.random()}
+        rows.append(row)
+    return objective.collate(rows, vocab(VOCAB), rng(), LENGTH)
+
+
 def batch_of(step: int, encoder: bool) -> dict[str, Tensor]:
     """Return rows of two documents and some padding, of which some tokens are learned."""
     draw = torch.Generator().manual_seed(step)
@@ -138,7 +190,8 @@ def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tens
     dp, index, made = engine.layout.dp, engine.world.index("dp"), []
     for step in range(STEPS):
         size = ROWS // dp
-        batch = {name: column[index * size : (index + 1) * size] for name, column in batch_of(step, encoder).items()}
+        whole = rows_of(step, objective) if objective.tasks() and not isinstance(objective, Tasks) else batch_of(step, encoder)
+        batch = {name: column[index * size : (index + 1) * size] for name, column in whole.items()}
         losses = engine.forward_backward(batch, step=step)
         grads: dict[str, Tensor] = {}
 
@@ -154,8 +207,8 @@ def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tens
 
 def model_of(name: str) -> tuple[Config, Objective, Adapter | None]:
     """Return a case's model, objective and adapter.  A prompt leaves room for its tokens."""
-    if name in MODELS:
-        return *MODELS[name], None
+    if name in MODELS | HEADS:
+        return *(MODELS | HEADS)[name], None
     model, adapt = ADAPTED[name]
     return MODELS[model][0].model_copy(update={"context": 2 * LENGTH}), MODELS[model][1], adapt
 
@@ -270,17 +323,18 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
+    kinds, asked = {"adapters", "heads"} & set(sys.argv[1:]), set(sys.argv[1:]) - {"adapters", "heads"}
     for case, fields in (FOUR if size == 4 else EIGHT).items():
-        if set(sys.argv[1:]) - {"adapters"} and case not in sys.argv[1:]:
+        if asked and case not in asked:
             continue
         layout = Layout(**{name: value for name, value in fields.items() if name != "recompute"})
         world = meshed(layout, CPU)                      # once: each process group has threads of its own
-        for model in possible(layout) if "adapters" in sys.argv[1:] else MODELS:
+        for model in possible(layout) if "adapters" in kinds else HEADS if kinds else MODELS:
             layout.check(ROWS, length=LENGTH, model=model_of(model)[0].model_dump())
             result = compare(model, world, fields.get("recompute", "none"))
             if rank == 0:
                 print(json.dumps({"model": model, "case": case, **result}), flush=True)
-    if size == 4 and "adapters" not in sys.argv[1:] and (not sys.argv[1:] or "local" in sys.argv[1:]):
+    if size == 4 and not kinds and (not asked or "local" in asked):
         difference = local()
         if rank == 0:
             print(json.dumps({"model": "causal LM", "case": "local", "loss": difference, "norm": 0, "gradient": 0}), flush=True)

@@ -56,6 +56,19 @@ def test_the_common_layouts_change_no_adapter() -> None:
     judge(together(4, "adapters", *ADAPTED), sum(len(matrix.possible(layout_of(case))) for case in ADAPTED))
 
 
+@pytest.mark.timeout(600)
+def test_the_common_layouts_change_no_head() -> None:
+    quick = ("fsdp", "tp+sp", "cp", "pp 1f1b")
+    judge(together(4, "heads", *quick), len(matrix.HEADS) * len(quick))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("processes", [4, 8])
+def test_no_layout_changes_a_head(processes: int) -> None:
+    judge(together(processes, "heads"), len(matrix.HEADS) * len(matrix.FOUR if processes == 4 else matrix.EIGHT))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_layout_changes_an_adapter() -> None:
