@@ -1,6 +1,6 @@
 """Fine-tuning speed beside the Hugging Face Trainer: the same encoder, rows, batch and optimizer; one run, ratios.
 
-    python -m bench.finetune --model MODEL --data train.tsv              # all-MiniLM-L6-v2 on SST-2: about 10 minutes on 2 cores
+    python -m bench.finetune --model MODEL --data train.tsv          # all-MiniLM-L6-v2 on SST-2: 10 minutes on 2 cores
     python -m bench.finetune --model MODEL --data train.tsv --lora
 
 MODEL is a folder of a BERT; the file holds `text<TAB>label` rows.  Samples a second over whole blocks of steps, for steps take
@@ -23,7 +23,8 @@ from bench.peers import Contender, gated
 from bench.race import ELSEWHERE, Worker, busy
 
 ROWS, LENGTH = 16, 128
-TARGETS = {"trainer padded fp32": 8.0, "trainer dynamic bf16": 1.8, "trainer grouped bf16": 1.3, "trainer lora dynamic fp32": 2.3}
+TARGETS = {"trainer padded fp32": 8.0, "trainer dynamic bf16": 1.8, "trainer grouped bf16": 1.3,
+           "trainer lora dynamic fp32": 2.3}
 
 
 def rows_of(data: str) -> tuple[list[str], list[int]]:
@@ -37,7 +38,8 @@ def trainer_steps(mode: str, precision: str, *, model: str, data: str) -> Conten
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
 
     torch.manual_seed(0)
-    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network: Any = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
     if mode == "lora":
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -48,10 +50,12 @@ def trainer_steps(mode: str, precision: str, *, model: str, data: str) -> Conten
     table = [{"input_ids": ids, "attention_mask": mask, "labels": label}
              for ids, mask, label in zip(told["input_ids"], told["attention_mask"], labels, strict=True)]
     scratch = tempfile.mkdtemp(prefix="bench-trainer-")
-    return gated(scratch, model=network, train_dataset=table, data_collator=DataCollatorWithPadding(tokenizer), args=TrainingArguments(
-        scratch, per_device_train_batch_size=ROWS, num_train_epochs=3, learning_rate=1e-4, weight_decay=0.01, bf16=precision == "bf16",
-        use_cpu=True, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, seed=0,
-        **({"train_sampling_strategy": "group_by_length"} if mode == "grouped" else {})))
+    more: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if mode == "grouped" else {}
+    arguments = TrainingArguments(
+        scratch, per_device_train_batch_size=ROWS, num_train_epochs=3, learning_rate=1e-4, weight_decay=0.01,
+        bf16=precision == "bf16", use_cpu=True, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+        seed=0, **more)
+    return gated(scratch, model=network, train_dataset=table, data_collator=DataCollatorWithPadding(tokenizer), args=arguments)
 
 
 def danlu_steps(mode: str, precision: str, *, model: str, data: str) -> Contender:
@@ -66,9 +70,9 @@ def danlu_steps(mode: str, precision: str, *, model: str, data: str) -> Contende
 
     adapt = {"adapt": {"kind": "lora", "rank": 8, "alpha": 16, "target": ["q", "v"]}} if mode == "lora" else {}
     run = taken_in(validate(Run, {
-        "out": tempfile.mkdtemp(prefix="bench-danlu-"), "start": model, "data": [{"path": data}], "objective": {"kind": "classify"},
-        "optim": {"kind": "adamw", "lr": 1e-4, "weight_decay": 0.01}, "schedule": {"kind": "linear"}, "rows": ROWS, "epochs": 3.0,
-        "length": LENGTH, "held_out": 0.0, "overlong": "cut", "precision": precision, **adapt}))
+        "out": tempfile.mkdtemp(prefix="bench-danlu-"), "start": model, "data": [{"path": data}], "rows": ROWS, "epochs": 3.0,
+        "objective": {"kind": "classify"}, "optim": {"kind": "adamw", "lr": 1e-4, "weight_decay": 0.01},
+        "schedule": {"kind": "linear"}, "length": LENGTH, "held_out": 0.0, "overlong": "cut", "precision": precision, **adapt}))
     world = parallel.join(run.layout, parallel.start(threads=None, device="cpu"))
     opened = setup.open_data(run)
     run, choice = setup.settle(run, opened, world, None)
@@ -127,7 +131,8 @@ def main() -> None:
         workers.append(Worker(f"bench.finetune:trainer_steps:{precision}", mode, threads=threads, **more))
         workers[-1].name = name
     for precision in arguments.precisions:
-        workers.append(Worker(f"bench.finetune:danlu_steps:{precision}", "lora" if arguments.lora else "full", threads=threads, **more))
+        mode = "lora" if arguments.lora else "full"
+        workers.append(Worker(f"bench.finetune:danlu_steps:{precision}", mode, threads=threads, **more))
         workers[-1].name = f"danlu {'lora ' if arguments.lora else ''}{precision}"
     found = race(workers, rounds=arguments.rounds, block=arguments.block)
     for worker in workers:
