@@ -86,8 +86,14 @@ class LoRA(Model):
                 LoRAEmbedding.of(module, rank=rank, scale=scale)
 
     def _check_fused(self, model: Any, found: set[str]) -> None:
-        for site in sites(model.cfg) if self.dora else ():
-            if found & set(site.ours) and not found >= set(site.ours):
+        for site in sites(model.cfg):
+            here = found & set(site.ours)
+            if len({self.of(ours, site.theirs)[1] for ours in here}) > 1:
+                raise ConfigError(
+                    _("{names} need the same scale: in the Hugging Face layout they are one matrix, {theirs}").format(
+                        names=", ".join(sorted(o.rsplit(".", 1)[-1] for o in here)), theirs=site.theirs), where="adapt.alphas",
+                    fix=_("let alpha / rank be the same for them"))
+            if self.dora and here and len(here) < len(site.ours):
                 raise ConfigError(
                     _("dora must take all of {names}: in the Hugging Face layout they are one matrix, {theirs}").format(
                         names=", ".join(o.rsplit(".", 1)[-1] for o in site.ours), theirs=site.theirs), where="adapt.target")

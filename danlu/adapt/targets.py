@@ -73,6 +73,12 @@ def freeze(model: Any, kept: Sequence[str]) -> None:
                               where="adapt.modules_to_save", fix=_("leave it out, or use adapt=freeze"))
         for name in here:
             model.get_submodule(name).requires_grad_(True)
+    for site in sites(model.cfg):
+        learns = [model.get_submodule(ours).weight.requires_grad for ours in site.ours]
+        if any(learns) and not all(learns):
+            raise ConfigError(_("{names} are one matrix in the Hugging Face layout, {theirs}: name all of them").format(
+                names=", ".join(ours.rsplit(".", 1)[-1] for ours in site.ours), theirs=site.theirs),
+                where="adapt.modules_to_save")
     for name, parameter in model.named_parameters():
         parameter.requires_grad |= name.startswith("heads.")
 

@@ -146,7 +146,32 @@ def test_c_attn_is_three_of_ours() -> None:
     assert {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, LoRALinear)} == {"q", "k", "v"}
 
 
+@pytest.mark.parametrize("adapt, said", [
+    (LoRA(target=("q", "v"), dora=True), "dora must take all of q, k, v"),
+    (LoRA(modules_to_save=("attention.q",)), "name all of them"), (LoRA(rank=4, alpha=8, ranks={"q": 2}), "need the same scale"),
+    (LoRA(modules_to_save=("embed",)), "cannot be saved"), (LoRA(modules_to_save=("nothing",)), "no module 'nothing'"),
+])
+def test_what_has_no_place_in_a_fused_or_tied_matrix_is_refused(adapt: LoRA, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        adapt.apply(base(MODELS["gpt2"]))
+    if adapt.ranks:
+        adapt.apply(base(MODELS["llama"]))
+
+
 def test_every_kind_is_here() -> None:
     from typing import get_args
 
     assert {type(k) for k in KINDS.values()} == set(get_args(Adapter))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_is_frozen_costs_no_backward_pass(family: str) -> None:
+    model = adapted(MODELS[family], LoRA(rank=2, target=("blocks.1.attention.v",))).train()
+    seen: list[bool] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, out: seen.append(given[0].requires_grad))
+    out = model(ids())["logits"]
+    assert seen == [False, False] and out.requires_grad, "nothing before the adapter remembers what it computed"
+    out.sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        f"blocks.1.attention.v.lora_{part}" for part in "ab"}
