@@ -65,7 +65,8 @@ def elsewhere(then: dict[str, Any]) -> list[str]:
 def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, parameters: int, choice: dict[str, str],
           audit: dict[str, Any]) -> None:
     """Write run.json and recipe.yaml."""
-    files.write_text(run.out / "recipe.yaml", config.to_yaml(run))
+    again = run if run.start is None else run.model_copy(update={"model": None})      # it is that of `start`
+    files.write_text(run.out / "recipe.yaml", config.to_yaml(again))
     files.write_json(run.out / "run.json", {
         "schema": 1, "kind": "train", "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": config.dump(run),
         "data": data_records, "tokenizer": tokenizer, "parameters": parameters, "choice": choice, "audit": audit,

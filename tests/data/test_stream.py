@@ -342,3 +342,28 @@ def test_ten_million_documents_open_at_once_and_any_row_is_near() -> None:
     assert plan[:4] == (0, 5, 3000, 7) and after == Position(5, 3000, 8)
     assert time.process_time() - begun < 15            # about 1 s on a core of its own
     assert rows.counts["tokens"] == sizes.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=150), st.integers(2, 9), st.integers(3, 50), st.integers(0, 3))
+def test_groups_lose_nothing_and_any_place_is_reached(lengths: list[int], group: int, window: int, begun: int) -> None:
+    rows = stream(lengths, length=60, overlap=0, overlong="error", pack=False, window=window, group=group)
+    for number in (0, 1, 2):
+        plans = epoch(rows, number)
+        assert sorted(plan.pieces[0][0] for plan in plans) == list(range(len(lengths)))
+    walk = list(islice(rows.plans(Position()), 3 * len(lengths)))
+    place = min(begun * len(lengths) // 3, len(walk) - 1)
+    again = list(islice(rows.plans(walk[place][1]), len(walk) - place - 1))
+    assert [plan for plan, _after in again] == [plan for plan, _after in walk[place + 1 :]]
+
+
+def test_groups_are_of_like_length_and_batches_meet_them() -> None:
+    draw = np.random.default_rng(0)
+    lengths, group = draw.integers(1, 100, 1003).tolist(), 8
+    walk = [plan for plan, _after in islice(
+        stream(lengths, length=100, overlap=0, overlong="error", pack=False, window=200, group=group).plans(Position()), 4 * 1003)]
+    batches = [[lengths[plan.pieces[0][0]] for plan in walk[i : i + group]] for i in range(0, len(walk) - group, group)]
+    padding = sum(max(batch) * group - sum(batch) for batch in batches) / sum(max(batch) * group for batch in batches)
+    assert padding < 0.06                                 # in random order about a half of every batch
+    means = [float(np.mean(batch)) for batch in batches]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15          # long and short batches follow each other at random
