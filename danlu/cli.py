@@ -36,14 +36,15 @@ def _verbs() -> dict[str, Verb]:
         "quickstart": Verb("danlu.quickstart", _("the whole way on text that Python brings, in minutes"), _quickstart),
         "prepare": Verb("danlu.verbs.prepare", _("files to shards, tokenizer and report"), _recipe, recipe=True),
         "train": Verb("danlu.verbs.train", _("a recipe to a trained, verified model"), _recipe, recipe=True, starts=True),
-        "tune": Verb("danlu.verbs.tune", _("the best values of some keys, by trying"), _tune, recipe=True, options=_tune_options),
-        "audit": Verb("danlu.verbs.audit", _("what a run would really learn from"), _audit, recipe=True, options=_audit_options),
-        "launch": Verb("danlu.verbs.launch", _("the job file of a recipe for SLURM or Kubernetes"), _launch, recipe=True,
+        "tune": Verb("danlu.verbs.tune", _("the best values of some keys, by trying"), _recipe, recipe=True,
+                      options=_tune_options),
+        "audit": Verb("danlu.verbs.audit", _("what a run would really learn from"), _recipe, recipe=True, options=_audit_options),
+        "launch": Verb("danlu.verbs.launch", _("the job file of a recipe for SLURM or Kubernetes"), _recipe, recipe=True,
                        options=_launch_options),
-        "verify": Verb("danlu.verbs.verify", _("show that a layout changes nothing"), _verify, recipe=True,
+        "verify": Verb("danlu.verbs.verify", _("show that a layout changes nothing"), _recipe, recipe=True,
                        options=_verify_options, starts=True),
         "rehearse": Verb("danlu.verbs.rehearse", _("every process of a layout, on one CPU: memory, messages"),
-                         _rehearse, recipe=True, options=_rehearse_options),
+                         _recipe, recipe=True, options=_rehearse_options),
         "eval": Verb("danlu.verbs.eval", _("figures of a task, answers, perplexity, bits per byte, with intervals"), _eval),
         "predict": Verb("danlu.verbs.predict", _("what a model of a task says of new rows"), _predict),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), _generate),
@@ -53,7 +54,7 @@ def _verbs() -> dict[str, Verb]:
         "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), _report),
         "ckpt": Verb("danlu.verbs.ckpt", _("list, verify or hash checkpoints"), _ckpt),
         "doctor": Verb("danlu.doctor", _("what this machine and installation can do"), _doctor),
-        "config": Verb("danlu.verbs.config", _("the schema of a recipe, or a check of one"), _config, recipe=True,
+        "config": Verb("danlu.verbs.config", _("the schema of a recipe, or a check of one"), _recipe, recipe=True,
                        options=_config_options),
         "import-config": Verb("danlu.verbs.import_config", _("another tool's YAML file to a recipe, line by line"),
                               _import_config),
@@ -168,6 +169,8 @@ def _run(words: list[str], as_json: bool, command: list[str]) -> int:
     commands = parser.add_subparsers(dest="verb", metavar=_("VERB"), title=_("verbs"))
     for name, verb in verbs.items():
         child = commands.add_parser(name, help=verb.help, description=verb.help)
+        if verb.options is not None:
+            verb.options(child)
         verb.arguments(child)
     if words and words[0] in verbs and verbs[words[0]].recipe and not {"-h", "--help"} & set(words):
         chosen = words[0]
@@ -219,18 +222,8 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=_("changes to it; --a.b c means the same"))
 
 
-def _audit(parser: argparse.ArgumentParser) -> None:
-    _audit_options(parser)
-    _recipe(parser)
-
-
 def _audit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, help=_("write the audit to this file, too (default: audit.json of the run folder)"))
-
-
-def _launch(parser: argparse.ArgumentParser) -> None:
-    _launch_options(parser)
-    _recipe(parser)
 
 
 def _launch_options(parser: argparse.ArgumentParser) -> None:
@@ -241,22 +234,12 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", default=f"danlu:{danlu.__version__}", help=_("container image, for k8s"))
 
 
-def _verify(parser: argparse.ArgumentParser) -> None:
-    _verify_options(parser)
-    _recipe(parser)
-
-
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["layout"], help=_("what to verify: layout = the recipe's layout against one process"))
     parser.add_argument("--steps", type=int, default=4, help=_("steps to compare"))
     parser.add_argument("--precision", default="fp64", choices=["fp64", "fp32"], help=_("arithmetic of both"))
     parser.add_argument("--tolerance", type=float, help=_("largest relative difference allowed (default: 1e-6, in fp32 1e-3)"))
     parser.add_argument("--against", type=Path, help=argparse.SUPPRESS)
-
-
-def _rehearse(parser: argparse.ArgumentParser) -> None:
-    _rehearse_options(parser)
-    _recipe(parser)
 
 
 def _rehearse_options(parser: argparse.ArgumentParser) -> None:
@@ -307,7 +290,7 @@ def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help=_("files of rows without labels; - reads JSON lines from stdin"))
     parser.add_argument("--text", help=_("one text, in place of --data"))
     parser.add_argument("--pair", help=_("the text that belongs to it"))
-    parser.add_argument("--out", type=Path, 
+    parser.add_argument("--out", type=Path,
                         help=_("file to write, jsonl, csv or tsv by its name (default: JSON lines to stdout)"))
     parser.add_argument("--top-k", "--top_k", type=int, default=0, help=_("also list so many of the likeliest classes"))
     _rows(parser)
@@ -367,11 +350,6 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--security", action="store_true", help=_("what is exposed"))
 
 
-def _tune(parser: argparse.ArgumentParser) -> None:
-    _tune_options(parser)
-    _recipe(parser)
-
-
 def _tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=20, help=_("trials in all, those of earlier commands among them"))
     parser.add_argument("--search", action="append", default=[], metavar="KEY=WHAT",
@@ -392,11 +370,6 @@ def _import_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="tool", required=True, choices=["llamafactory", "axolotl", "trl"],
                         help=_("the tool it is written for"))
     parser.add_argument("--out", type=Path, help=_("write the recipe here (default: print it)"))
-
-
-def _config(parser: argparse.ArgumentParser) -> None:
-    _config_options(parser)
-    _recipe(parser)
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
