@@ -241,7 +241,8 @@ class Loop:
                 name=plan.metric, names=", ".join(values)), where="metric")
         value = values[plan.metric]
         sign = 1 if plan.higher else -1
-        if progress.best is None or sign * (value - progress.best) > plan.min_delta:
+        better = progress.best is None or sign * (value - progress.best) > plan.min_delta
+        if better or (progress.best_step == 0 and value == progress.best):       # no better than untrained, but trained
             progress.best, progress.best_step, progress.waited = value, progress.step, 0
             return False
         progress.waited += 1
