@@ -29,31 +29,35 @@ ROOTS: dict[str, type[config.Model]] = {"Run": Run, "Prepare": Prepare}
 UNIONS = {                                               # name of the table -> (whose schema, its definitions in order)
     "model": ("Run", ("Decoder", "Encoder")),
     "scaling": ("Run", ("danlu__nn__position__Linear", "Llama3", "Yarn")),
-    "objective": ("Run", ("CausalLM", "MaskedLM", "NextSentence", "SentenceOrder", "Mixture")),
+    "objective": ("Run", ("CausalLM", "MaskedLM", "NextSentence", "SentenceOrder", "Mixture", "Classify", "Regress", "Tag",
+                          "Answer", "Choose", "Embed", "Tasks")),
+    "adapt": ("Run", ("LoRA", "IA3", "Bottleneck", "Prompt", "Prefix", "PTuning", "BitFit", "Freeze")),
     "optim": ("Run", ("GD", "SGD", "Momentum", "Nesterov", "Adagrad", "RMSprop", "Adam", "AdamW", "Adafactor", "LAMB", "Lion",
                       "Muon")),
     "schedule": ("Run", ("Constant", "danlu__schedule__Linear", "Cosine", "InverseSqrt", "Polynomial", "WSD")),
     "tokenizer": ("Prepare", ("BPE", "WordPiece", "Unigram", "Chars", "Loaded")),
 }
 SINGLE = {                                               # other definitions -> the heading they stand under
-    "Source": "data", "Decoder": "decoder", "Encoder": "encoder", "Part": "parts", "Layout": "layout", "Local": "local",
-    "Every": "every", "Stop": "stop", "Guard": "guard",
+    "Source": "data", "Chats": "chat", "Decoder": "decoder", "Encoder": "encoder", "Head": "heads", "Part": "parts",
+    "Task": "tasks", "Continual": "continual", "Replay": "replay", "EWC": "ewc", "L2SP": "l2sp", "Distil": "distil",
+    "Average": "average", "Layout": "layout", "Local": "local", "Every": "every", "Stop": "stop", "Guard": "guard",
     "Audit": "audit", "Input": "inputs", "Clean": "clean", "Split": "split",
 }
 WORDS = {
     "en": {
         "key": "key", "value": "value", "default": "default", "meaning": "meaning", "kind": "kind", "of": "of", "all": "all",
         "keys": "keys and defaults", "needed": "needed", "integer": "integer", "number": "number", "string": "text",
-        "path": "path", "list": "list of {}", "or": " or ", "here": "here", "there": "elsewhere", "preset": "preset",
-        "shape": "what it sets",
+        "path": "path", "list": "list of {}", "map": "map from name to {}", "or": " or ", "here": "here", "there": "elsewhere",
+        "preset": "preset", "shape": "what it sets",
     },
     "zh": {
         "key": "键", "value": "取值", "default": "默认值", "meaning": "含义", "kind": "kind", "of": "属于", "all": "全部",
         "keys": "键与默认值", "needed": "必填", "integer": "整数", "number": "数", "string": "文本",
-        "path": "路径", "list": "{} 的列表", "or": " 或 ", "here": "本项目", "there": "其他工具", "preset": "preset",
-        "shape": "所设的值",
+        "path": "路径", "list": "{} 的列表", "map": "名称到 {} 的映射", "or": " 或 ", "here": "本项目", "there": "其他工具",
+        "preset": "preset", "shape": "所设的值",
     },
 }
+CHOSEN = ("bf16", "fp16", "full", "last", "all")         # values that a `true` elsewhere stands for
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -156,7 +160,8 @@ class Tables:
         several = list(refs(field))
         for union, (owner, names) in UNIONS.items():
             if owner == root and len(several) > 1 and set(several) <= set(names):
-                return f"[`{union}`](#{union})"
+                none = [self.shape(one, root) for one in field.get("anyOf", ()) if one.get("type") == "null"]
+                return say["or"].join((f"[`{union}`](#{union})", *none))
         if "$ref" in field:
             name = field["$ref"].rsplit("/", 1)[-1]
             return f"[`{SINGLE[name]}`](#{SINGLE[name]})"
@@ -168,6 +173,8 @@ class Tables:
             if "prefixItems" in field:
                 return say["list"].format(len(field["prefixItems"]))
             return say["list"].format(self.shape(field["items"], root))
+        if field["type"] == "object":
+            return say["map"].format(self.shape(field["additionalProperties"], root))
         if field["type"] in ("null", "boolean"):
             return "`null`" if field["type"] == "null" else say["or"].join(("`true`", "`false`"))
         bounds = ", ".join(f"{sign} {number(field[b])}" for b, sign in BOUNDS.items() if b in field)
@@ -179,8 +186,7 @@ class Tables:
             if name in cls.model_fields:
                 continue
             made = {target: None} if isinstance(target, str) else target(True)
-            here = ", ".join(f"`{key}`" + (f" = `{json.dumps(value)}`" if value in ("bf16", "fp16", "full") else "")
-                             for key, value in made.items())
+            here = ", ".join(f"`{key}`" + (f" = `{json.dumps(value)}`" if value in CHOSEN else "") for key, value in made.items())
             yield f"`{name}`", here
 
 
@@ -220,6 +226,8 @@ def number(value: float) -> str:
 def default(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     """Return the default of a key."""
     value = field.get("default")
+    if value == {}:
+        return "`{}`"
     if isinstance(value, dict) or (value is None and "default" not in field):
         return "–"
     if isinstance(value, bool) or value is None or isinstance(value, str | list):

@@ -100,7 +100,8 @@ class Run(Model):
     out: Path = Field(description="Run folder.")
     model: Models | None = Field(None, description="A model with random weights …")
     start: Path | None = Field(None, description="… or a checkpoint or Hugging Face folder to start from.")
-    data: tuple[Source, ...] = Field(min_length=1, description="Prepared folders with weights.")
+    data: tuple[Source, ...] = Field(min_length=1,
+                                     description="What is learned from: prepared folders or files of rows, with weights.")
     eval: tuple[Source, ...] = Field((), description="Held-out data; by default the `val` part of `data`.")
     held_out: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False, description="Share of the rows of unprepared `data` that is "
                             "held out where `eval` is empty, of each class.")

@@ -360,8 +360,8 @@ def test_groups_lose_nothing_and_any_place_is_reached(lengths: list[int], group:
 def test_groups_are_of_like_length_and_batches_meet_them() -> None:
     draw = np.random.default_rng(0)
     lengths, group = draw.integers(1, 100, 1003).tolist(), 8
-    walk = [plan for plan, _after in islice(
-        stream(lengths, length=100, overlap=0, overlong="error", pack=False, window=200, group=group).plans(Position()), 4 * 1003)]
+    rows = stream(lengths, length=100, overlap=0, overlong="error", pack=False, window=200, group=group)
+    walk = [plan for plan, _after in islice(rows.plans(Position()), 4 * 1003)]
     batches = [[lengths[plan.pieces[0][0]] for plan in walk[i : i + group]] for i in range(0, len(walk) - group, group)]
     padding = sum(max(batch) * group - sum(batch) for batch in batches) / sum(max(batch) * group for batch in batches)
     assert padding < 0.06                                 # in random order about a half of every batch
