@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,11 +18,19 @@ from danlu.data.example import Turn
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError
 from danlu.models.decoder import DecoderModel
+from danlu.models.foreign import ForeignModel
 from danlu.nn.cache import Cache
 from danlu.words import _
 
+Writer = DecoderModel | ForeignModel
 
-def generate(model: DecoderModel, ids: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
+
+def writes(model: object) -> TypeGuard[Writer]:
+    """Return whether a model can continue a text: a decoder with the vocabulary's head."""
+    return model.cfg.lm if isinstance(model, DecoderModel) else isinstance(model, ForeignModel) and "lm" in model.cfg.outputs
+
+
+def generate(model: Writer, ids: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
              stop: tuple[Sequence[int], ...] = (), eos: int | Sequence[int] | None = None,
              seed: int = 0) -> Iterator[int]:
@@ -48,20 +57,21 @@ def generate(model: DecoderModel, ids: Sequence[int], *, max_new_tokens: int, te
     return _generate(model, list(ids), max_new_tokens, pick=pick, stop=tuple(map(tuple, stop)), ends=ends)
 
 
-def _generate(model: DecoderModel, ids: list[int], most: int, *, pick: Callable[[Tensor, list[int], int], int],
+def _generate(model: Writer, ids: list[int], most: int, *, pick: Callable[[Tensor, list[int], int], int],
               stop: tuple[tuple[int, ...], ...], ends: frozenset[int]) -> Iterator[int]:
     assert not model.training, "dropout would blur the text: call model.eval() first"
-    cache = Cache(model.cfg.layers, model.cfg.context)
-    device = model.embed.weight.device
+    # a model of transformers has caches of its own kinds, which are not used: it reads the whole text again for each token
+    kept = {"cache": Cache(model.cfg.layers, model.cfg.context)} if isinstance(model, DecoderModel) else {}
+    device = next(model.parameters()).device
     fresh, new = list(ids), list[int]()
     while len(new) < most:
         with torch.inference_mode():
-            out = model(torch.tensor([fresh], device=device), cache=cache, last=True)
+            out = model(torch.tensor([fresh], device=device), last=True, **kept)
             token = pick(out["logits"][0, -1].float(), [*ids, *new], len(new))
         if token in ends:
             return
         new.append(token)
-        fresh = [token]
+        fresh = [token] if kept else [*fresh, token]
         yield token
         if any(tuple(new[-len(s):]) == s for s in stop):
             return

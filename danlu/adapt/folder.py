@@ -31,6 +31,7 @@ from danlu.models import weights
 from danlu.models.build import Config, Network, build
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
+from danlu.models.foreign_config import Foreign
 from danlu.nn import placed
 from danlu.nn.tasks import Head, Kind
 from danlu.words import _
@@ -105,7 +106,7 @@ def describe(folder: str | Path, *, base: Path | None = None) -> Opened:
     record = weights.read_json(folder / OURS)
     try:
         adapt: Adapter = TypeAdapter(Adapters).validate_python(record["adapt"])
-        kinds: dict[str, type[Decoder] | type[Encoder]] = {"decoder": Decoder, "encoder": Encoder}
+        kinds: dict[str, type[Config]] = {"decoder": Decoder, "encoder": Encoder, "foreign": Foreign}
         cfg = kinds[record["model"]["kind"]].model_validate(record["model"])
         expected = dict(record["base"]["sha256"])
     except (ValidationError, KeyError, TypeError) as error:

@@ -86,7 +86,7 @@ def merge(source: Path, out: Path, *, dtype: str | None = None, rows: Tensor | N
 def untied(model: Any) -> Config:
     """Return the config of `model` merged.  An adapted token embedding and the head that read its base part ways."""
     cfg: Config = model.cfg
-    if not isinstance(model.embed, LoRAEmbedding) or not cfg.tied:
+    if cfg.kind == "foreign" or not isinstance(model.embed, LoRAEmbedding) or not cfg.tied:
         return cfg
     if not isinstance(cfg, Decoder):
         raise ConfigError(_("the head reads the base's token embedding, and an encoder's folder has no word for two of them"),

@@ -43,11 +43,15 @@ def chosen(model: Any, target: str | Sequence[str], *, embeddings: bool) -> list
 
     Raises ConfigError for a pattern that means none, or one that cannot be adapted.
     """
-    named, kinds = theirs(model.cfg), (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    foreign = model.cfg.kind == "foreign"                # whose embeddings and own kinds of layers may compute something else
+    named, kinds = theirs(model.cfg), (nn.Linear, nn.Embedding) if embeddings and not foreign else (nn.Linear,)
     able = {name: module for name, module in model.named_modules()
-            if isinstance(module, kinds) and name not in ("head", "types") and not name.startswith("heads.")}
+            if isinstance(module, kinds) and not (foreign and type(module) is not nn.Linear)
+            and name not in ("head", "types") and not name.startswith("heads.")}
     if target == "all":
-        return [(name, module) for name, module in able.items() if name.startswith("blocks.") and isinstance(module, nn.Linear)]
+        inside = f"{model.inner.base_model_prefix}." if foreign else "blocks."
+        return [(name, module) for name, module in able.items()
+                if name.startswith(inside) and isinstance(module, nn.Linear) and "pooler" not in name.split(".")]
     found: dict[str, Any] = {}
     for pattern in [target] if isinstance(target, str) else target:
         here = {name: module for name, module in able.items() if matches(pattern, name, named.get(name, ""))}
@@ -62,13 +66,15 @@ def freeze(model: Any, kept: Sequence[str]) -> None:
     """Let nothing of `model` learn but a task's heads and the modules that `kept` means.  ConfigError: there is no such."""
     for parameter in model.parameters():
         parameter.requires_grad = False
-    named = theirs(model.cfg)
+    named, twice = theirs(model.cfg), {"embed"} if model.cfg.kind != "foreign" and model.cfg.tied else set()
+    if model.cfg.kind == "foreign":
+        twice = {name.rpartition(".")[0] for pair in model.inner.all_tied_weights_keys.items() for name in pair}
     for pattern in kept:
         here = [name for name, module in model.named_modules() if name and matches(pattern, name, named.get(name, ""))
                 and any(True for _parameter in module.parameters())]
         if not here:
             raise ConfigError(_("there is no module {name!r}").format(name=pattern), where="adapt.modules_to_save")
-        if model.cfg.tied and "embed" in here:
+        if twice & set(here):
             raise ConfigError(_("the head reads the token embedding, too: it cannot be saved as a part of its own"),
                               where="adapt.modules_to_save", fix=_("leave it out, or use adapt=freeze"))
         for name in here:

@@ -96,7 +96,7 @@ def task_of(subject: Subject, how: How, device: torch.device) -> Task:
             length=length, context=subject.cfg.context), where="--length")
     overlong: Overlong = how.overlong or (subject.run.overlong if subject.run is not None else "error")
     model: Any = subject.model.to(device).eval()
-    model.use(paths.rule(device, parallel.DTYPES[how.precision], length, causal=subject.cfg.kind == "decoder"))
+    model.use(paths.rule(device, parallel.DTYPES[how.precision], length, causal=subject.cfg.causal))
     return Task(subject, objective, length, overlong, how.precision, how.rows or TOKENS, device)
 
 

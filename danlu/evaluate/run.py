@@ -105,7 +105,7 @@ def evaluate(subject: Subject, documents: Iterator[Document], *, task: str, leng
             length=length, context=cfg.context), where="--length")
     shape = (2, cfg.heads, length, cfg.width // cfg.heads)
     use: Any = model.to(device)
-    use.use(paths.choose(device, parallel.DTYPES[precision], shape, causal=cfg.kind == "decoder"))
+    use.use(paths.choose(device, parallel.DTYPES[precision], shape, causal=cfg.causal))
     tally = score(model, subject.tokenizer, documents, subject.objective, length=length, device=device,
                   precision=precision)
     if not any(sum(counts) for counts in tally.counts.values()):

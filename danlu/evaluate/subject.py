@@ -14,6 +14,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
+from danlu.models.foreign_config import Foreign
 from danlu.nn.tasks import Head
 from danlu.objectives import Answer, CausalLM, Choose, Classify, Mixture, Objective, Regress, Tag, Tasks
 from danlu.train import checkpoint
@@ -33,10 +34,10 @@ class Subject:
     run: Run | None
 
     @property
-    def cfg(self) -> Decoder | Encoder:
+    def cfg(self) -> Decoder | Encoder | Foreign:
         """The shape of the model."""
         cfg: Any = self.model.cfg
-        assert isinstance(cfg, Decoder | Encoder)
+        assert isinstance(cfg, Decoder | Encoder | Foreign)
         return cfg
 
     def held_out(self) -> list[tuple[str, str]]:
@@ -71,7 +72,7 @@ class Subject:
     @property
     def objective(self) -> Objective:
         """What is measured: a decoder's plain cross-entropy, an encoder's objective as it was trained on."""
-        if isinstance(self.cfg, Decoder):
+        if isinstance(self.cfg, Decoder) or self.cfg.causal:
             return CausalLM.model_validate({})
         if self.run is not None:
             return self.run.objective

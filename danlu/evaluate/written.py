@@ -25,8 +25,7 @@ from danlu.evaluate.metrics import Judged
 from danlu.evaluate.record import whole
 from danlu.evaluate.score import Document
 from danlu.evaluate.subject import Subject
-from danlu.generate import endings, generate
-from danlu.models.decoder import DecoderModel
+from danlu.generate import endings, generate, writes
 from danlu.nn import paths
 from danlu.words import _
 
@@ -161,7 +160,7 @@ def evaluate(subject: Subject, item: Input, names: Mapping[str, str], how: Writi
     """Return how near the answers that the model writes come to those of the rows.  Greedy, one after the other."""
     text.require()
     model: Any = subject.model.to(device).eval()
-    if not isinstance(model, DecoderModel) or not model.cfg.lm:
+    if not writes(model):
         raise ConfigError(_("this model does not write; give a decoder with a vocabulary"), where=str(subject.folder))
     pattern = _pattern(how.after)
     model.use(paths.rule(device, parallel.DTYPES[precision], model.cfg.context, causal=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
@@ -91,6 +91,8 @@ TP = {"q": "col", "k": "col", "v": "col", "o": "row", "up": "col", "gate": "col"
 
 class Decoder(Model):
     """The shape of a decoder.  Every field is filled in: given, or by the preset, the family or other fields."""
+
+    causal: ClassVar[bool] = True
 
     kind: Literal["decoder"] = "decoder"
     family: Family = Field("llama", description="The Hugging Face layout that the model is written in.")

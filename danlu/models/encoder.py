@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
@@ -61,6 +61,8 @@ NAMES = {
 
 class Encoder(Model):
     """The shape of an encoder.  Every field is filled in: given, or by the preset, the family or other fields."""
+
+    causal: ClassVar[bool] = False
 
     kind: Literal["encoder"] = "encoder"
     family: Family = Field("bert", description="The Hugging Face layout that the model is written in.")

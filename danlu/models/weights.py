@@ -19,12 +19,21 @@ from torch import Tensor, nn
 from danlu import files, tensorfile
 from danlu.errors import ConfigError, DataError, IncompatibleError, SecurityError
 from danlu.fault import fault
-from danlu.models import decoder, decoder_config, decoder_names, encoder, encoder_config, names, sentences
-from danlu.models.build import Network, build
+from danlu.models import (
+    decoder,
+    decoder_config,
+    decoder_names,
+    encoder,
+    encoder_config,
+    foreign,
+    foreign_config,
+    names,
+    sentences,
+)
+from danlu.models.build import Config, Network, build
 from danlu.nn import placed
 from danlu.words import _
 
-Config = decoder.Decoder | encoder.Encoder
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -41,11 +50,12 @@ class _Family(NamedTuple):
 
 _DECODER = _Family(decoder_names.names, decoder_names.modern, decoder_config.read, decoder_config.write)
 _ENCODER = _Family(encoder.names, encoder.modern, encoder_config.read, encoder_config.write)
+_FOREIGN = _Family(foreign.names, foreign.modern, foreign_config.read, foreign_config.write)
 _TYPES = dict.fromkeys(decoder.FAMILIES, _DECODER) | dict.fromkeys(encoder.FAMILIES, _ENCODER)
 
 
 def _family(cfg: Config) -> _Family:
-    return _DECODER if isinstance(cfg, decoder.Decoder) else _ENCODER
+    return {"decoder": _DECODER, "encoder": _ENCODER, "foreign": _FOREIGN}[cfg.kind]
 
 
 def named(cfg: Config) -> Iterator[names.Name]:
@@ -92,10 +102,10 @@ def read_config(folder: str | Path) -> Config:
         raise ConfigError(_("the folder holds no config.json"), where=str(folder))
     data = read_json(path)
     kind = data.get("model_type")
-    if not isinstance(kind, str) or kind not in _TYPES:
+    if not isinstance(kind, str):
         raise IncompatibleError(_("the architecture {kind!r} is not known").format(kind=kind), where=str(path),
                                 fix=_("use one of {kinds}").format(kinds=", ".join(_TYPES)))
-    cfg: Config = _TYPES[kind].read(data, where=str(path))
+    cfg: Config = _TYPES.get(kind, _FOREIGN).read(data, where=str(path))
     return cfg
 
 
@@ -159,13 +169,14 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
          heads: Sequence[str] | None = None) -> Network:
     """Return the model of `folder` with its weights.  heads: an encoder's, if only these; others are left out."""
     cfg = read_config(folder)
-    if heads is not None and isinstance(cfg, encoder.Encoder):
+    if heads is not None and not isinstance(cfg, decoder.Decoder):
         cfg = cfg.with_heads(heads)
     elif heads is not None:
         cfg = cfg.filled(vocab=cfg.vocab or 0, heads=heads)
     state = from_hf(cfg, read_tensors(folder), where=str(folder))
     model = build(cfg)
-    model.load_state_dict({name: t.to(device, dtype).contiguous() for name, t in state.items()}, strict=True, assign=True)
+    state = {name: t.to(device, dtype if t.is_floating_point() else t.dtype).contiguous() for name, t in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
@@ -254,7 +265,7 @@ def write_folder(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, like
         encoder_config.check_pad(cfg, special.get("pad_token_id", cfg.pad))
     kinds = {str(spec.dtype).removeprefix("torch.") for spec in specs}
     kind = {"torch_dtype": kinds.pop()} if len(kinds) == 1 else {}
-    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **special})
+    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **({} if cfg.kind == "foreign" else special)})
     files.write_json(folder / "generation_config.json", special)
     sentences.write(folder, cfg)
     if tokenizer is not None:

@@ -82,6 +82,9 @@ def settled(run: Run, vocab: int | None) -> Run:
     """Return the run with what training would take from data and machine filled in.  ConfigError if it cannot be."""
     if run.start is not None:
         model = weights.read_config(run.start)
+        if model.kind == "foreign":
+            raise ConfigError(_("{family} is a model of transformers, whose inside is not rehearsed").format(family=model.family),
+                              where=str(run.start), fix=_("let it train a few steps: steps=3"))
         if model.kind == "encoder":
             model = model.with_heads(run.objective.heads)
     else:

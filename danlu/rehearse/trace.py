@@ -227,7 +227,7 @@ def trace(run: Run, rank: int, known: Sequence[Traced] = ()) -> Traced:
             return replace(twin, rank=rank, stages=stages, parameters=parameters, like=twin.rank,
                            trained={names[name] for name in twin.trained})
         accelerator = run.device != "cpu"
-        choice = paths.rule("cuda" if accelerator else "cpu", DTYPES[run.precision], run.length, causal=cfg.kind == "decoder")
+        choice = paths.rule("cuda" if accelerator else "cpu", DTYPES[run.precision], run.length, causal=cfg.causal)
         for module in (m for part in model.parts for m in part.modules()):
             if accelerator and isinstance(module, attention.Attention):
                 module.dropout = 0.0

@@ -32,7 +32,7 @@ def settle(run: Run, start: Path) -> Adapter:
     if first_device(run) is not None:
         require()
     adapt = _continued(run.adapt, start)
-    lacking = {name.split(".")[0] for name in weights.lacking(run.network, start)} - {"heads"}
+    lacking = {name.rpartition(".")[0] for name in weights.lacking(run.network, start) if not name.startswith("heads.")}
     if lacking:
         adapt = adapt.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*adapt.modules_to_save, *sorted(lacking))))})
     problems = adapt.check(run.layout, length=run.length, context=run.network.context, pack=run.packed)
@@ -93,9 +93,10 @@ def begin(run: Run, model: Placed) -> None:
 
 
 def base_of(model: Placed, cfg: Config) -> dict[str, Tensor]:
-    """Return the parameters that are here and the base's, not an adapter's."""
+    """Return the parameters and stored buffers that are here and the base's, not an adapter's."""
     whole = weights.shapes(cfg).keys()
-    return {name: p for name, p in model.named_parameters() if name in whole}
+    held = {**dict(model.named_parameters()), **{name: b for part in model.parts for name, b in part.named_buffers()}}
+    return {name: tensor for name, tensor in held.items() if name in whole}
 
 
 def check_resumed(run: Run, found: Path) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from danlu.adapt import Adapters
 from danlu.config import Model
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
+from danlu.models.foreign_config import Foreign
 from danlu.objectives import Embed, Objectives
 from danlu.objectives.tasks import check_sources
 from danlu.optim import Optimizers
@@ -98,7 +99,7 @@ class Run(Model):
     """Whatever is needed to repeat a training run."""
 
     out: Path = Field(description="Run folder.")
-    model: Models | None = Field(None, description="A model with random weights …")
+    model: SerializeAsAny[Models] | None = Field(None, description="A model with random weights …")
     start: Path | None = Field(None, description="… or a checkpoint or Hugging Face folder to start from.")
     data: tuple[Source, ...] = Field(min_length=1,
                                      description="What is learned from: prepared folders or files of rows, with weights.")
@@ -251,7 +252,7 @@ class Run(Model):
         return self.adapt.check(self.layout, length=self.length, context=None, pack=self.packed)
 
     @property
-    def network(self) -> Decoder | Encoder:
+    def network(self) -> Decoder | Encoder | Foreign:
         """The model's config, once it is settled."""
         assert self.model is not None, "settled before it is asked for"
         return self.model

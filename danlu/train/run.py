@@ -18,9 +18,8 @@ from danlu.evaluate.judge import RESAMPLES, Said, can_judge, judge
 from danlu.evaluate.judge import require as require_metrics
 from danlu.evaluate.loss import Loss, measure, predicted_bytes
 from danlu.evaluate.rows import leave
-from danlu.generate import generate
+from danlu.generate import generate, writes
 from danlu.log import Metrics, say, silence
-from danlu.models.decoder import DecoderModel
 from danlu.nn import placed
 from danlu.objectives import Embed
 from danlu.objectives.protocol import Batch
@@ -230,7 +229,7 @@ def averaged(work: Work, do: Callable[[], Any]) -> Any:
 def show_sample(run: Run, work: Work, data: Data, most: int = 48) -> None:
     """Print a short text that the model writes, and keep it in samples.jsonl."""
     model, eos = work.model.whole, data.tokenizer.special.eos
-    if not isinstance(model, DecoderModel) or not data.held_out or run.length < 2:
+    if not writes(model) or not data.held_out or run.length < 2:
         return
     prompt = data.held_out[0].document(0).ids[: min(8, run.length // 2)].tolist()
     work.model.eval()

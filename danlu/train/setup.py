@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from danlu import chance, config, files, parallel
 from danlu.adapt import folder
+from danlu.adapt.lora import LoRA
 from danlu.adapt.targets import kept
 from danlu.data.shards import Shards, read_manifest
 from danlu.data.stream import Mixed, Stream
@@ -23,7 +24,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.evaluate import metrics
 from danlu.log import count, say
-from danlu.models import weights
+from danlu.models import foreign_config, weights
 from danlu.models.build import build
 from danlu.nn import paths, placed
 from danlu.objectives import Objectives
@@ -138,8 +139,15 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
         model = weights.read_config(run.start)
         if tasks:
             model = model.with_tasks(tasks, outputs=plain)
-        elif model.kind == "encoder":
+        elif model.kind != "decoder":
             model = model.with_heads(plain)
+        if model.kind == "foreign":
+            model = model.filled(vocab=special.size, pad=special.pad)
+            foreign_config.refuse(model, run.layout, {
+                "pack=false": run.packed, "compile=false": run.compile, "recompute=none": run.recompute != "none",
+                "optim.layer_decay=1": run.optim.layer_decay != 1.0,
+                "adapt=lora": run.adapt is not None and not isinstance(run.adapt, LoRA),
+                "adapt.base=null": isinstance(run.adapt, LoRA) and run.adapt.base is not None})
         changes["model"] = model
     elif run.model is not None:
         model = (run.model.with_tasks(tasks, outputs=plain) if tasks else run.model).filled(
@@ -166,7 +174,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
         raise ConfigError(str(error), where="layout") from None
     if before.get("choice"):
         return run, paths.Choice.restore(before["choice"])
-    dtype, causal = parallel.DTYPES[run.precision], model.kind == "decoder"
+    dtype, causal = parallel.DTYPES[run.precision], model.causal
     if run.paths == "rule":
         return run, paths.rule(world.device, dtype, run.length, causal=causal)
     shape = (run.part_rows, model.heads, run.length, model.width // model.heads)
@@ -223,7 +231,7 @@ def first_weights(run: Run, model: Placed) -> list[str]:
 
 def is_head(name: str) -> bool:
     """Return whether a weight of ours belongs to a task, so that a model to start from may lack it."""
-    return name.startswith(("heads.", "pooler."))
+    return name.startswith(("heads.", "pooler.")) or ".pooler." in name
 
 
 @dataclass
@@ -313,7 +321,8 @@ def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
                   parameters=parameters, choice=choice.record(), audit={**audit.digest(found), "rows": work.rows.counts})
     say(_("{model}: {parameters} parameters · {total} steps of {rows} rows × {length} tokens · {precision} on {device}, "
           "{threads} threads").format(
-        model=run.network.kind, parameters=count(parameters), total=work.plan.total, rows=run.step_rows, length=run.length,
+        model=run.network.family if run.network.kind == "foreign" else run.network.kind, parameters=count(parameters),
+        total=work.plan.total, rows=run.step_rows, length=run.length,
         precision=run.precision, device=work.engine.device.type, threads=torch.get_num_threads()))
     learning = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
     if run.adapt is not None and run.layout.world == 1:

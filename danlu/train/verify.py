@@ -19,7 +19,7 @@ from torch import Tensor
 
 from danlu import files, parallel, tensorfile
 from danlu.adapt.lora import LoRA
-from danlu.errors import NumericError
+from danlu.errors import ConfigError, NumericError
 from danlu.layout import Layout
 from danlu.log import silence
 from danlu.nn import placed
@@ -49,6 +49,9 @@ def look(run: Run, world: World, steps: int, precision: str) -> Iterator[tuple[E
     """Train `steps` steps as `run` says, without dropout, and yield what each was."""
     data = open_data(run)
     run, choice = settle(run.model_copy(update={"precision": precision}), data, world, None)
+    if run.network.kind == "foreign":
+        raise ConfigError(_("{family} is a model of transformers, whose dropout is not turned off here").format(
+            family=run.network.family), where="start", fix=_("compare the losses of two runs in metrics.jsonl"))
     still = {name: 0.0 for name in ("dropout", "attention_dropout")}
     run = run.model_copy(update={"model": run.network.model_copy(update=still)})
     if isinstance(run.adapt, LoRA):

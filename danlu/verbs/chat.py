@@ -16,9 +16,8 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError
 from danlu.evaluate.subject import open_subject
 from danlu.evaluate.written import template_of
-from danlu.generate import endings, generate, text
+from danlu.generate import Writer, endings, generate, text, writes
 from danlu.log import say
-from danlu.models.decoder import DecoderModel
 from danlu.nn import paths
 from danlu.words import _
 
@@ -29,9 +28,9 @@ def main(run: Path, *, system: str | None, max_new_tokens: int, temperature: flo
     device = parallel.start(threads=None, device="auto")
     subject = open_subject(run)
     model: Any = subject.model.to(device).eval()
-    if not isinstance(model, DecoderModel) or not model.cfg.lm:
+    if not writes(model):
         raise ConfigError(_("this model does not write; give a decoder with a vocabulary"), where=str(run))
-    model.use(paths.rule(device, model.embed.weight.dtype, model.cfg.context, causal=True))
+    model.use(paths.rule(device, next(model.parameters()).dtype, model.cfg.context, causal=True))
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
                 "seed": seed}
     if max_new_tokens < 1:
@@ -115,7 +114,7 @@ class Answer(NamedTuple):
 class Talk:
     """A conversation with a model: what was said so far, within its context."""
 
-    model: DecoderModel
+    model: Writer
     tokenizer: Tokenizer
     template: chat.Template
     most: int                                            # tokens of an answer

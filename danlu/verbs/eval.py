@@ -83,7 +83,7 @@ def _of_text(subject: Subject, data: str | None, how: rows.How, device: torch.de
     """Print loss and perplexity: of text, or of the answers in conversations."""
     raw = data is not None and not on_text.is_prepared(data)
     item = source(data, subject.run, format=how.format, encoding=how.encoding) if raw and data is not None else None
-    chats = item is not None and subject.cfg.kind == "decoder" and (
+    chats = item is not None and subject.cfg.causal and (
         task == "chat" or (task is None and written.answers(item, how.names)))
     if chats and item is not None and data is not None:
         found = [(on_text.evaluate(subject, written.documents(subject, item, how.names), task=named(data), length=how.length,

@@ -10,8 +10,7 @@ from danlu import parallel
 from danlu.adapt import folder as adapters
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError
-from danlu.generate import generate, text
-from danlu.models.decoder import DecoderModel
+from danlu.generate import generate, text, writes
 from danlu.train import checkpoint
 from danlu.words import _
 
@@ -22,7 +21,7 @@ def main(run: Path, *, prompt: str, max_new_tokens: int | None, temperature: flo
     device = parallel.start(threads=None, device="auto")
     folder = checkpoint.chosen(run)
     tokenizer, model = Tokenizer.load(adapters.tokenizer_in(folder)), adapters.load(folder, device=device)
-    if not isinstance(model, DecoderModel):
+    if not writes(model):
         raise ConfigError(_("an encoder does not write; give a decoder"), where=str(run))
     if prompt == "-":
         prompt = sys.stdin.read()

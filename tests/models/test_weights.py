@@ -169,7 +169,7 @@ def test_a_file_of_the_bare_model_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"model_type": "mamba"}, "mamba"), ({"model_type": None}, "None"), ({"model_type": ["llama"]}, "llama"),
+    ({"model_type": "nothing"}, "nothing"), ({"model_type": None}, "None"), ({"model_type": ["llama"]}, "llama"),
     ({"attn_logit_softcap": 30}, "attn_logit_softcap"), ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     ({"quantization_config": {}}, "quantization_config"), ({"hidden_act": "mish"}, "mish"),
     ({"hidden_size": "16"}, "width"), ({"num_attention_heads": 3}, "heads=3"), ({"rms_norm_eps": -1.0}, "eps"),
