@@ -54,8 +54,8 @@ def danlu_steps(way: str, precision: str, *, folder: str) -> Contender:
     place = Path(folder)
     run = taken_in(validate(Run, {
         "out": str(place / way.replace(", ", "-")), "start": str(place / "model"), "data": [{"path": str(place / "rows.txt")}],
-        "objective": {"kind": "causal_lm"}, "optim": {"kind": "adamw", "lr": 1e-4}, "schedule": {"kind": "constant"}, "rows": ROWS,
-        "steps": 9, "length": LENGTH, "overlong": "split", "held_out": 0.0, "precision": precision, **WAYS[way]}))
+        "objective": {"kind": "causal_lm"}, "optim": {"kind": "adamw", "lr": 1e-4}, "schedule": {"kind": "constant"},
+        "rows": ROWS, "steps": 9, "length": LENGTH, "overlong": "split", "held_out": 0.0, "precision": precision, **WAYS[way]}))
     world = parallel.join(run.layout, parallel.start(threads=None, device="cpu"))
     data = setup.open_data(run)
     run, choice = setup.settle(run, data, world, None)
@@ -82,7 +82,8 @@ def main() -> None:
         made(Path(folder))
         peaks = {}
         for way in WAYS:
-            worker = Worker(f"bench.memory:danlu_steps:{arguments.precision}", way, threads=torch.get_num_threads(), folder=folder)
+            what = f"bench.memory:danlu_steps:{arguments.precision}"
+            worker = Worker(what, way, threads=torch.get_num_threads(), folder=folder)
             peaks[way] = worker.run(3)["peak"]
             worker.close()
             print(f"{way:20} {peaks[way]:8.0f} MB  {peaks[way] / peaks['full']:.2f} of full")

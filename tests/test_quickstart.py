@@ -51,7 +51,7 @@ def test_it_learns_and_its_next_commands_work(small: Path, capsys: pytest.Captur
     assert "eval_before.json" in page and "eval_results.json" in page and "<svg" in page
     assert config.load(Prepare, small / "my try" / "corpus.yaml").out == Path("my try/data")
     recipe = config.load(Run, small / "my try" / "pretrain.yaml")
-    assert recipe.steps == 8 and recipe.data[0].path == Path("my try/data")
+    assert recipe.steps == 8 and recipe.data[0].folder == Path("my try/data")
     assert len(result["next"]) == 6
     for line in result["next"]:
         words = shlex.split(line)

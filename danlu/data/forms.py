@@ -208,7 +208,8 @@ def choice(columns: Columns) -> Reader | None:
 
     def given(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         found = {"text": [row.get(name) for name in each]} if several is None else value(row, several)
-        marks = [str(one) for one in found.get("label") or ()] if isinstance(found, Mapping) else []
+        told = found.get("label") if isinstance(found, Mapping) else None
+        marks = [str(one) for one in told] if isinstance(told, list | tuple) else []
         said = listed(found.get("text") if isinstance(found, Mapping) else found, "choice")
         if len(said) < 2 or not all(isinstance(one, str) and one.strip() for one in said):
             raise Unusable("choice", "there are not two texts or more to choose from")

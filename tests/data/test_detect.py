@@ -202,6 +202,14 @@ SHAPES = [("label", ["text", "label"]), ("labels", ["text", "labels"]), ("score"
           ("chat", ["input_ids", "labels", "attention_mask"]), ("text", ["text"])]
 
 
+def test_choices_whose_marks_are_no_list_are_unusable() -> None:
+    rows = [{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": "A"}] * 3
+    understand = reader(["question", "choices", "answer"], rows, "choice", {})
+    assert understand(rows[0]).label == 0
+    with pytest.raises(Unusable):
+        understand({"question": None, "choices": {"label": True}, "answer": None})
+
+
 @pytest.mark.parametrize(("want", "names"), SHAPES)
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)

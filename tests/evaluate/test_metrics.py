@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -123,14 +122,6 @@ def test_the_interval_of_accuracy_covers_the_truth_19_times_in_20() -> None:
         assert one.low is not None and one.high is not None
         hits += one.low <= 0.8 <= one.high
     assert 0.91 <= hits / 300 <= 0.98
-
-
-def test_a_thousand_resamples_of_2000_rows_take_less_than_a_second() -> None:
-    truth, logits = drawn(2000, 2)
-    classes(truth, logits, "ab")                         # imports
-    began = time.perf_counter()
-    classes(truth, logits, "ab")
-    assert time.perf_counter() - began < 2               # measured 0.4; a shared machine may be busy
 
 
 def test_many_labels_are_scikit_learns() -> None:
