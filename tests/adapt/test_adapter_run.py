@@ -206,7 +206,8 @@ def test_blocks_thaw_from_the_top(corpus: Path, base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layout", ["layout.tp=2", "layout.dp=2 layout.shard=full", "layout.pp=2 layout.micro=2"])
+@pytest.mark.parametrize("layout", ["layout.tp=2", pytest.param("layout.dp=2 layout.shard=full", marks=pytest.mark.slow),
+                                    pytest.param("layout.pp=2 layout.micro=2", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_several_processes_is_that_of_one(corpus: Path, base: Path, tmp_path: Path, layout: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(config.to_yaml(recipe(corpus, base, tmp_path / "run", adapt={"kind": "lora", "dora": True}), only_set=True))

@@ -19,7 +19,7 @@ from parallel import matrix
 from danlu.layout import Layout
 
 SCRIPT = Path(__file__).with_name("matrix.py")
-ADAPTED = ("ddp", "fsdp", "tp", "cp", "pp 1f1b", "fsdp×tp+sp")
+ADAPTED = ("fsdp", "tp", "pp 1f1b")
 QUICK = ("ddp", "fsdp", "tp+sp", "cp", "pp 1f1b", "fsdp×tp", "local")
 
 
@@ -58,7 +58,7 @@ def test_the_common_layouts_change_no_adapter() -> None:
 
 @pytest.mark.timeout(600)
 def test_the_common_layouts_change_no_head() -> None:
-    quick = ("fsdp", "tp+sp", "cp", "pp 1f1b")
+    quick = ("fsdp", "tp+sp", "pp 1f1b")
     judge(together(4, "heads", *quick), len(matrix.HEADS) * len(quick))
 
 
