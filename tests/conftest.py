@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True)      # equal code, equal examples; HYPOTHESIS_PROFILE=default for others
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 sys.path.insert(0, str(Path(__file__).parent))
 if sys.platform == "linux":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")    # a machine's own name need not lead anywhere
 
 from cli import danlu
+
+settings.register_profile("repeatable", derandomize=True)      # equal code, equal examples; HYPOTHESIS_PROFILE=default for others
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")
