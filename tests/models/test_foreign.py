@@ -176,6 +176,7 @@ def test_a_decoder_trains_goes_on_and_is_judged(corpus: Path, opt: Path, tmp_pat
     assert danlu("generate", tmp_path / "run", "--prompt", "the furnace", "--max-new-tokens", "3").code == 0
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(corpus: Path, tmp_path: Path) -> None:
     start = decoder(tmp_path / "model", corpus / "tokenizer", "gpt_neox")
     for name, layout in (("one", "layout.dp=1"), ("two", "layout.dp=2")):
