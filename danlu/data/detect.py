@@ -62,6 +62,10 @@ def reader(columns: Sequence[str], first: Sequence[Mapping[str, Any]], want: str
 
 def _unfit(columns: Columns, want: str) -> DataError:
     """Return the error for columns of which nothing can be made, with the form that is nearest."""
+    lower = {name.lower() for name in columns.names}
+    if want == "chat" and {"chosen", "rejected"} <= lower:
+        return DataError(_("these rows hold preferences (chosen and rejected answers), from which nothing is learned yet"),
+                         fix=_("name one answer of each: columns query=prompt response=chosen"))
     others = [other for other, form in READERS.items() if other != want and form(columns) is not None]
     form = max(NEEDS[want], key=lambda roles: (sum(_has(columns, role) for role in roles) / len(roles), -len(roles)))
     used = {found for role in form if (found := columns.find(role))}

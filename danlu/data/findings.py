@@ -31,7 +31,7 @@ def told() -> dict[str, tuple[str, str]]:
         "left_out": (_("{n} of {of} rows cannot be used and are left out"),
                      _("mend the rows, or allow a share of them with guard.rejects")),
         "overlap": (_("{n} of {of} evaluation documents stand in the training data"),
-                    _("prepare again with dedup: exact, or allow it with guard.overlap")),
+                    _("take them out of one of the two (prepare: dedup: exact), or allow it with guard.overlap")),
         "near_overlap": (_("{n} of {of} evaluation rows stand nearly so in the training data"),
                          _("take them out of the training data, or raise audit.near_overlap")),
         "masked": (_("{n} of {of} rows have no token that carries loss"), _("look at the rows' labels, roles and weights")),

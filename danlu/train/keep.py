@@ -13,6 +13,7 @@ from danlu.data.stream import Mixed
 from danlu.errors import ConfigError
 from danlu.models import weights
 from danlu.models.decoder import Decoder
+from danlu.nn.tasks import Head
 from danlu.objectives.distil import Distilled
 from danlu.objectives.protocol import Batch
 from danlu.parallel import autocast
@@ -83,8 +84,10 @@ def _distilled(run: Run, given: Distil, data: Data, plain: Engine) -> tuple[Dist
     outputs = (("lm",) if there.lm else ()) if isinstance(there, Decoder) else there.outputs or ()
     text = next((name for name in outputs if name in ("lm", "mlm") and name in objective.heads and data.replayed), "")
     if not (kept or text):
+        named = {head.name for head in objective.tasks()}
         raise ConfigError(_("there is nothing to distil: the start model has the heads {there}, and this run {here}").format(
-            there=", ".join([*outputs, *(head.name for head in there.tasks)]) or "-", here=", ".join(objective.heads)),
+            there=", ".join([*outputs, *map(_shown, there.tasks)]) or "-",
+            here=", ".join([*(name for name in objective.heads if name not in named), *map(_shown, objective.tasks())])),
             where="continual.distil", fix=_("text is distilled on replayed rows: name some under continual.replay"))
     cfg = there.with_heads([*(head.name for head in kept), *([text] if text else [])])
     world = plain.world
@@ -100,3 +103,8 @@ def _distilled(run: Run, given: Distil, data: Data, plain: Engine) -> tuple[Dist
 
     made = Distilled(objective, kept, text, len(run.data), given.weight, given.temperature)
     return made, {"start": say}
+
+
+def _shown(head: Head) -> str:
+    """Return a head's name with its classes, which must be the same to be compared."""
+    return f"{head.name} ({', '.join(head.labels)})" if head.labels else head.name

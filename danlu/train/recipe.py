@@ -156,7 +156,10 @@ class Run(Model):
         problems = []
         if (self.model is None) == (self.start is None):
             problems.append(_("give either `model` (random weights) or `start` (weights to begin from)"))
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is not None and self.epochs is not None:
+            problems.append(_("steps={steps} and epochs={epochs} are both given; take one back, by steps=null or epochs=null")
+                            .format(steps=self.steps, epochs=self.epochs))
+        if self.steps is None and self.epochs is None:
             problems.append(_("give either `steps` or `epochs`"))
         if sum(v is not None for v in (self.rows, self.tokens, self.micro_rows)) != 1:
             problems.append(_("give one of `rows`, `tokens` (per step) and `micro_rows` (per micro-batch)"))
@@ -181,6 +184,9 @@ class Run(Model):
                             .format(length=self.length, context=self.model.context))
         problems += self._of_adapter()
         layout = self.layout
+        if layout.pp > 1 and self.objective.tasks() and self.metric != "eval/loss":
+            problems.append(_("under layout.pp the loss of a task is measured, and no figure of it; set metric=loss, or "
+                              "layout.pp=1"))
         if self.every.sample and (layout.pp > 1 or layout.cp > 1 or layout.sequence):
             problems.append(_("samples are written by processes that see whole rows through all blocks; set every.sample=0 with "
                               "layout.pp, layout.cp or layout.sequence"))

@@ -119,6 +119,10 @@ def test_the_command_line_trains_evaluates_and_writes(corpus: Path, base: Path, 
     assert "are trained" in ended.err
     assert folder.describe(Path(ended.out.strip())).adapt == LoRA(rank=8)
     assert danlu("train", file, "adapt=lora", "adapt.rank=8", "steps=4").clean().code == 0
+    repeated = danlu("train", tmp_path / "run" / "recipe.yaml", f"out={tmp_path / 'repeated'}").clean()
+    assert repeated.code == 0, repeated.err
+    same = [load_file(checkpoint.listing(tmp_path / name)[-1] / folder.TENSORS) for name in ("run", "repeated")]
+    assert all(torch.equal(tensor, same[1][name]) for name, tensor in same[0].items()), "the written recipe repeats the run"
     changed = danlu("train", file, "adapt=lora", "adapt.rank=4", "steps=5").clean()
     assert changed.code == 4 and "adapter is not the one" in changed.last
     score = danlu("eval", tmp_path / "run", "--json").clean()

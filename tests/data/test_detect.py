@@ -330,3 +330,11 @@ def test_public_data_is_understood_without_a_word(realdata: Path, file: str, wan
     assert bad == []
     if file.startswith(("sst2", "chn")):
         assert {make(row).label for row in found} == {"0", "1"}
+
+
+def test_preferences_are_refused_and_one_answer_of_them_can_be_named() -> None:
+    row = {"prompt": "q", "chosen": "r", "rejected": "s"}
+    with pytest.raises(DataError, match="preferences") as caught:
+        reader(list(row), [row], "chat", {})
+    assert "query=prompt response=chosen" in str(caught.value)
+    assert reader(list(row), [row], "chat", {"query": "prompt", "response": "chosen"})(row) == Chat(TALK)

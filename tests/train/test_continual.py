@@ -245,6 +245,8 @@ def test_text_is_distilled_on_replayed_rows_alone(speech: Path, tmp_path: Path) 
     ({"continual": {"ewc": {}}}, "continual.ewc.data"),
     ({"continual": {"average": {"last": 3}}}, "every.keep=2"),
     ({"continual": {"distil": {}}, "layout": {"pp": 2, "micro": 2}}, "layout.pp=1"),
+    ({"continual": None, "epochs": 3.0}, "steps=1 and epochs=3.0 .* epochs=null"),
+    ({"continual": None, "metric": "accuracy", "layout": {"pp": 2, "micro": 2}}, "metric=loss"),
 ])
 def test_recipes_that_cannot_be_are_refused(change: dict[str, Any], said: str) -> None:
     base: dict[str, Any] = {"out": "run", "start": "start", "objective": "classify", "data": [{"path": "x"}],
