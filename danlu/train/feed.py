@@ -94,10 +94,22 @@ def batches(steps: Steps, *, workers: int) -> Iterator[Fed]:
     if not workers:
         yield from steps
         return
-    loader: DataLoader[Fed] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         steps, batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="fork", timeout=120,
+        collate_fn=as_arrays,
     )
-    yield from loader
+    for batch, position in loader:
+        yield {name: torch.from_numpy(column) for name, column in batch.items()}, position
+
+
+def as_arrays(fed: Any) -> tuple[dict[str, np.ndarray], Any]:
+    """Return a batch that travels through the pipe by itself.
+
+    Tensors would travel as shared memory: a container gives little of it, and a process that hands it over prints a
+    traceback of its own when the other end dies.
+    """
+    batch, position = fed
+    return {name: column.numpy() for name, column in batch.items()}, position
 
 
 @contextmanager
