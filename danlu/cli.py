@@ -283,6 +283,7 @@ def _rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
     parser.add_argument("--batch", type=int, help=_("most rows computed at a time"))
+    parser.add_argument("--head", help=_("which of several tasks (eval without --data: each)"))
 
 
 def _predict(parser: argparse.ArgumentParser) -> None:

@@ -57,17 +57,8 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text`, atomically and durably."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_dir(path.parent)
+    with text_growing(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,14 +45,28 @@ def _of_context(tokens: int, length: int, context: int | None) -> list[str]:
               "them").format(length=length, tokens=tokens, context=context)]
 
 
-class Prompt(Model):
-    """Virtual tokens, learned as vectors, before the embedded tokens of each row (prompt tuning; Lester et al., 2021)."""
+class Virtual(Model):
+    """What every kind of virtual tokens has."""
 
     merges: ClassVar[bool] = False
 
-    kind: Literal["prompt"] = "prompt"
     tokens: int = Field(20, gt=0, description="Virtual tokens.")
     modules_to_save: Kept = ()
+
+    def merge(self, model: Any) -> None:
+        raise AssertionError("virtual tokens are no part of a weight: asked for `merges` first")
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    def check(self, layout: Layout, *, length: int, context: int | None, pack: bool) -> list[str]:
+        return _of_rows(self.tokens, layout, length=length, context=context, pack=pack)
+
+
+class Prompt(Virtual):
+    """Virtual tokens, learned as vectors, before the embedded tokens of each row (prompt tuning; Lester et al., 2021)."""
+
+    kind: Literal["prompt"] = "prompt"
     start: Start = None
 
     def apply(self, model: Any) -> None:
@@ -67,15 +81,6 @@ class Prompt(Model):
             weight = model.ahead.prompt.weight
             placed.fill(weight, partial(drawn, placed.whole(model.embed.weight), len(weight), seed))
 
-    def merge(self, model: Any) -> None:
-        raise AssertionError("virtual tokens are no part of a weight: asked for `merges` first")
-
-    def rate(self, name: str) -> float:
-        return 1.0
-
-    def check(self, layout: Layout, *, length: int, context: int | None, pack: bool) -> list[str]:
-        return _of_rows(self.tokens, layout, length=length, context=context, pack=pack)
-
 
 def drawn(table: Tensor, tokens: int, seed: int) -> Tensor:
     """Return rows of `table` [V, D] drawn at random, [tokens, D]."""
@@ -83,15 +88,11 @@ def drawn(table: Tensor, tokens: int, seed: int) -> Tensor:
     return table.detach()[torch.randint(len(table), (tokens,), generator=source).to(table.device)]
 
 
-class PTuning(Model):
+class PTuning(Virtual):
     """Virtual tokens that a small network makes (P-tuning; Liu et al., 2021).  Only what it makes is needed afterwards."""
 
-    merges: ClassVar[bool] = False
-
     kind: Literal["ptuning"] = "ptuning"
-    tokens: int = Field(20, gt=0, description="Virtual tokens.")
     hidden: int = Field(128, gt=0, description="Width inside the network.")
-    modules_to_save: Kept = ()
 
     def apply(self, model: Any) -> None:
         """Freeze `model` (whole) and put the tokens before what it reads."""
@@ -107,24 +108,12 @@ class PTuning(Model):
             else:
                 placed.fill(p, (_normal if name == "prompt.weight" else _uniform)(p, f"ahead.{name}", seed))
 
-    def merge(self, model: Any) -> None:
-        raise AssertionError("virtual tokens are no part of a weight: asked for `merges` first")
 
-    def rate(self, name: str) -> float:
-        return 1.0
-
-    def check(self, layout: Layout, *, length: int, context: int | None, pack: bool) -> list[str]:
-        return _of_rows(self.tokens, layout, length=length, context=context, pack=pack)
-
-
-class Prefix(Model):
+class Prefix(Virtual):
     """Keys and values, learned as vectors, before those of every layer (prefix tuning; Li & Liang, 2021)."""
-
-    merges: ClassVar[bool] = False
 
     kind: Literal["prefix"] = "prefix"
     tokens: int = Field(20, gt=0, description="Virtual tokens of each layer.")
-    modules_to_save: Kept = ()
     start: Start = None
 
     def apply(self, model: Any) -> None:
@@ -140,12 +129,6 @@ class Prefix(Model):
             if isinstance(module, KeysAndValues):
                 for kind, p in module.named_parameters():
                     placed.fill(p, partial(_scaled, p, f"{name}.{kind}", seed, model.cfg.init_std))
-
-    def merge(self, model: Any) -> None:
-        raise AssertionError("keys and values without tokens are no part of a weight: asked for `merges` first")
-
-    def rate(self, name: str) -> float:
-        return 1.0
 
     def check(self, layout: Layout, *, length: int, context: int | None, pack: bool) -> list[str]:
         return _of_context(self.tokens, length, context)

@@ -92,7 +92,14 @@ def check(columns: Columns) -> None:
             near = difflib.get_close_matches(column, columns.names, 1)
             raise DataError(_("there is no column {wanted!r}; the columns are {names}").format(
                 wanted=column, names=", ".join(columns.names)),
-                fix=_("did you mean {near}?").format(near=near[0]) if near else _("name one of them"))
+                fix=naming({role: near[0] if near else "…"}))
+
+
+def naming(meant: Mapping[str, str]) -> str:
+    """Return how to say which column is what."""
+    return _("name the columns, in a recipe `columns: {{{recipe}}}`, on the command line as --columns {words}").format(
+        recipe=", ".join(f"{role}: {name}" for role, name in meant.items()),
+        words=" ".join(f"{role}={name}" for role, name in meant.items()))
 
 
 def value(row: Mapping[str, Any], column: str) -> Any:

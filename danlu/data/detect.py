@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from danlu.data import dialogues, forms
-from danlu.data.columns import PAIRS, ROLES, Columns, check, short
+from danlu.data.columns import PAIRS, ROLES, Columns, check, naming, short
 from danlu.data.example import Content
 from danlu.errors import DataError, SecurityError
 from danlu.words import _
@@ -65,18 +65,18 @@ def _unfit(columns: Columns, want: str) -> DataError:
     lower = {name.lower() for name in columns.names}
     if want == "chat" and {"chosen", "rejected"} <= lower:
         return DataError(_("these rows hold preferences (chosen and rejected answers), from which nothing is learned yet"),
-                         fix=_("name one answer of each: columns query=prompt response=chosen"))
+                         fix=naming({"query": "prompt", "response": "chosen"}))
     others = [other for other, form in READERS.items() if other != want and form(columns) is not None]
     form = max(NEEDS[want], key=lambda roles: (sum(_has(columns, role) for role in roles) / len(roles), -len(roles)))
     used = {found for role in form if (found := columns.find(role))}
-    guessed = list[str]()
+    guessed = dict[str, str]()
     for role in form:
         if not _has(columns, role):
             free = [name for name in columns.names if name not in used]
             found = _nearest(role, free)
             used |= {found} if found else set()
-            guessed.append(f"{role}={found or '…'}")
-    fix = _("did you mean {guessed}? Name the columns so").format(guessed=" ".join(guessed))
+            guessed[role] = found or "…"
+    fix = naming(guessed)
     if others:
         fix += _("; as they are, they fit: {others}").format(others=", ".join(others))
     forms_shown = " | ".join("+".join(roles) for roles in NEEDS[want])
@@ -111,7 +111,7 @@ def _check_swapped(columns: Columns) -> None:
         raise DataError(
             _("the columns look swapped: {label!r} holds long texts, all different, and {text!r} only {values}").format(
                 label=label, text=parts[0], values=", ".join(sorted(set(texts))[:5])),
-            fix=_("set text={label} label={text}").format(label=label, text=parts[0]))
+            fix=naming({"text": label, "label": parts[0]}))
 
 
 class Registered(NamedTuple):

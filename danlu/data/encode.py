@@ -233,7 +233,8 @@ def refuse_long(size: int, room: int, overlong: Overlong) -> None:
     """Raise Unusable unless the policy allows a row that is too long to be cut."""
     if overlong == "cut":
         return
-    raise Unusable("dropped" if overlong == "drop" else "overlong", f"{size} tokens, and a row has room for {room}")
+    whole = "; it cannot be split, but cut or dropped" if overlong == "split" else ""
+    raise Unusable("dropped" if overlong == "drop" else "overlong", f"{size} tokens, and a row has room for {room}{whole}")
 
 
 def shortened(stretches: Sequence[np.ndarray], room: int, overlong: Overlong) -> tuple[list[np.ndarray], int]:

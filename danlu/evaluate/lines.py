@@ -26,7 +26,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import DataError, IncompatibleError
 from danlu.objectives.protocol import Objective
 from danlu.train.feed import stream
-from danlu.train.recipe import Run
+from danlu.train.sources import Source
 from danlu.words import _
 
 Row = dict[str, np.ndarray]
@@ -66,9 +66,9 @@ class Reading:
     unlabelled: bool = False
 
 
-def source(path: str, run: Run | None, *, format: str | None = None, encoding: str | None = None) -> Input:
-    """Return what to read at `path`: as the recipe reads its first source, where the user does not say otherwise."""
-    like = run.data[0] if run is not None and run.data[0].raw else None
+def source(path: str, first: Source | None, *, format: str | None = None, encoding: str | None = None) -> Input:
+    """Return what to read at `path`: as the recipe reads `first`, where the user does not say otherwise."""
+    like = first if first is not None and first.raw else None
     chosen = format or "auto"
     if format is None and path == "-":
         chosen = "jsonl"

@@ -9,7 +9,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from danlu.evaluate.subject import Subject, open_subject
 from danlu.evaluate.tell import Said, of_report, tell, unlabelled
 from danlu.log import say
 from danlu.nn import paths
-from danlu.objectives import Answer
+from danlu.objectives import Answer, Tasks
 from danlu.objectives.protocol import Objective
 from danlu.train.intake import refuse_rejects
+from danlu.train.sources import Source
 from danlu.words import _
 
 TOKENS = 8192                                            # places of a batch, padding included
@@ -54,6 +56,7 @@ class How:
     length: int | None = None
     precision: str = "fp32"
     rows: int | None = None                              # most rows of a batch
+    head: str | None = None                              # which of several tasks
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,18 @@ class Task:
     """A model that does a task, ready to compute: what it was trained on, and how long a row may be."""
 
     subject: Subject
+    head: str
     objective: Objective
     length: int
     overlong: Overlong
     precision: str
     rows: int
     device: torch.device
+
+    @property
+    def like(self) -> Source | None:
+        """The first of the recipe's sources that trained the head, as which new rows are read."""
+        return next(iter(self.subject.sources(self.head)), None)
 
     def encoder(self) -> Encoder:
         """Return what makes ids of raw rows, as in training."""
@@ -77,8 +86,7 @@ class Task:
 
     def reading(self, how: How, *, unlabelled: bool = False) -> Reading:
         """Return how raw rows are read."""
-        run = self.subject.run
-        usual = {} if run is None else {role: str(name) for role, name in run.data[0].columns.items()}
+        usual = {} if self.like is None else {role: str(name) for role, name in self.like.columns.items()}
         target = TARGETS.get(self.objective.wants, "label")
         names = {target if role == "label" else role: name for role, name in how.names.items()}
         return Reading(self.objective.wants, self.encoder(), names, usual, unlabelled)
@@ -86,8 +94,9 @@ class Task:
 
 def task_of(subject: Subject, how: How, device: torch.device) -> Task:
     """Return the subject ready to do its task.  Raises ConfigError or IncompatibleError if it has none, or for its length."""
-    objective = subject.task
-    if objective is None or not judge.can_judge(objective):
+    head = subject.head(how.head)
+    objective = subject.objective_of(head)
+    if not judge.can_judge(objective):
         raise IncompatibleError(_("the model has no head of a task"), where=str(subject.folder),
                                 fix=_("train one with objective.kind: classify, or another task"))
     length = how.length or subject.length
@@ -97,7 +106,7 @@ def task_of(subject: Subject, how: How, device: torch.device) -> Task:
     overlong: Overlong = how.overlong or (subject.run.overlong if subject.run is not None else "error")
     model: Any = subject.model.to(device).eval()
     model.use(paths.rule(device, parallel.DTYPES[how.precision], length, causal=subject.cfg.causal))
-    return Task(subject, objective, length, overlong, how.precision, how.rows or TOKENS, device)
+    return Task(subject, head.name, objective, length, overlong, how.precision, how.rows or TOKENS, device)
 
 
 def answered(task: Task, lines: Iterable[Line], *, said: judge.Said | None = None) -> Iterator[tuple[Line, list[Said]]]:
@@ -251,7 +260,7 @@ def judged_on(task: Task, data: str, how: How, write: Write) -> Finding:
     run = task.subject.run
     if (Path(data) / "manifest.json").is_file():
         return _on_folder(task, named(data), Path(data), how.split, write)
-    item = source(data, run, format=how.format, encoding=how.encoding)
+    item = source(data, task.like, format=how.format, encoding=how.encoding)
     return evaluate(task, read(item, task.reading(how)), name=named(data), place=data, write=write,
                     share=run.guard.rejects if run is not None else 0.0)
 
@@ -269,7 +278,9 @@ def on_held_out(task: Task, write: Write, *, out: Path | None = None) -> list[Fi
     run, subject = task.subject.run, task.subject
     if run is None:
         raise ConfigError(_("there is nothing to evaluate on"), where=str(subject.folder), fix="danlu eval RUN --data test.csv")
-    given = [(s, s.split) for s in run.eval] or [(s, "val") for s in run.data]
+    several = isinstance(run.objective, Tasks)
+    given = [(s, s.split) for s in run.eval if not several or s.task == task.head] or [
+        (s, "val") for s in subject.sources(task.head)]
     found, numbers = list[Finding](), count(2)
     for origin, split in given:
         folder = origin.folder
@@ -277,7 +288,7 @@ def on_held_out(task: Task, write: Write, *, out: Path | None = None) -> list[Fi
             folder = out / "data" / folder.name
         if not run.eval and not Shards.has(folder, split):
             continue
-        name = named(origin.path)
+        name = f"{task.head}/{named(origin.path)}" if several else named(origin.path)
         name = f"{name}-{next(numbers)}" if name in {one.name for one in found} else name
         found.append(_on_folder(task, name, folder, split, write))
     if not found:
@@ -285,10 +296,23 @@ def on_held_out(task: Task, write: Write, *, out: Path | None = None) -> list[Fi
     return found
 
 
+def on_all_held_out(subject: Subject, how: How, device: torch.device, write: Write, *, out: Path | None = None) -> list[Finding]:
+    """Return how well each task is done, or that of `how.head`, on what the recipe holds out of it."""
+    found = list[Finding]()
+    for head in [how.head] if how.head is not None or not subject.heads else subject.heads:
+        task = task_of(subject, replace(how, head=head), device)
+        beside = {"task": task.head} if len(subject.heads) > 1 else {}
+        found += on_held_out(task, partial(_beside, write, beside), out=out)
+    return found
+
+
+def _beside(write: Write, told: Mapping[str, Any], row: dict[str, Any]) -> None:
+    write({**row, **told})
+
+
 def leave(out: Path, *, device: torch.device, precision: str) -> None:
     """Write eval_results.json and predictions.jsonl of a run's held-out rows into its folder, by its best checkpoint."""
-    task = task_of(open_subject(out), How(precision=precision), device)
     with files.growing(out / "predictions.jsonl") as write:
-        found = on_held_out(task, write, out=out)
+        found = on_all_held_out(open_subject(out), How(precision=precision), device, write, out=out)
     files.write_json(out / "eval_results.json", merged([one.record() for one in found]))
     say(_("held-out rows: {file}, {rows}").format(file=out / "eval_results.json", rows=out / "predictions.jsonl"))

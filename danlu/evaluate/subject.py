@@ -17,8 +17,10 @@ from danlu.models.encoder import Encoder
 from danlu.models.foreign_config import Foreign
 from danlu.nn.tasks import Head
 from danlu.objectives import Answer, CausalLM, Choose, Classify, Mixture, Objective, Regress, Tag, Tasks
+from danlu.objectives.tasks import single
 from danlu.train import checkpoint
 from danlu.train.recipe import Run
+from danlu.train.sources import Source
 from danlu.words import _
 
 LENGTH = 2048                                            # longest row where neither the user nor a recipe says one
@@ -54,19 +56,40 @@ class Subject:
         return self.run.length if self.run is not None else min(LENGTH, self.cfg.context)
 
     @property
-    def task(self) -> Objective | None:
-        """What the model's one head of a task was trained on, every row counting alike; None where it has no such head."""
-        heads = self.cfg.tasks
-        if not heads:
-            return None
-        if self.run is None or isinstance(self.run.objective, Tasks):
-            if len(heads) > 1 or self.run is not None:
-                raise IncompatibleError(_("the model has several heads of tasks: {names}").format(
-                    names=", ".join(head.name for head in heads)), where=str(self.folder))
-            return objective_of(heads[0], str(self.folder))
-        objective: Any = self.run.objective
+    def heads(self) -> list[str]:
+        """Names of the heads of tasks that may be used: those that the recipe trained, else all."""
+        trained = () if self.run is None else self.run.objective.heads
+        known = [head.name for head in self.cfg.tasks]
+        return [name for name in known if name in trained] or known
+
+    def head(self, name: str | None) -> Head:
+        """Return the head of that name, or the only one.  Raises ConfigError."""
+        names = ", ".join(self.heads)
+        if not names:
+            raise IncompatibleError(_("the model has no head of a task"), where=str(self.folder),
+                                    fix=_("train one with objective.kind: classify, or another task"))
+        if name is None and len(self.heads) > 1:
+            raise ConfigError(_("the model has several heads of tasks: {names}").format(names=names), where=str(self.folder),
+                              fix=f"--head {self.heads[0]}")
+        if name not in (None, *self.heads):
+            raise ConfigError(_("the model has no head called {name!r}; it has {names}").format(name=name, names=names),
+                              where="--head")
+        return next(head for head in self.cfg.tasks if head.name == (name or self.heads[0]))
+
+    def sources(self, head: str | None = None) -> list[Source]:
+        """Return what the recipe trained the head on, or all that it trained on."""
+        if self.run is None:
+            return []
+        several = isinstance(self.run.objective, Tasks) and head is not None
+        return [source for source in self.run.data if not several or source.task == head]
+
+    def objective_of(self, head: Head) -> Objective:
+        """Return what a head was trained on, every row counting alike."""
+        if self.run is None:
+            return objective_of(head, str(self.folder))
+        objective: Any = single(self.run.objective, head.name)
         if isinstance(objective, Classify | Tag):
-            return objective.model_copy(update={"labels": objective.labels or heads[0].labels, "class_weights": "none"})
+            return objective.model_copy(update={"labels": objective.labels or head.labels, "class_weights": "none"})
         return objective                                 # type: ignore[no-any-return]
 
     @property

@@ -99,7 +99,7 @@ def train(run: Run) -> Path:
 def leave_results(run: Run, work: Work) -> None:
     """Leave the figures and predictions of the held-out rows of a task in the run's folder, by its best checkpoint."""
     layout = run.layout
-    if not can_judge(run.objective) or not work.engine.world.main or not work.progress.evaluation:
+    if not any(map(can_judge, singles(run.objective))) or not work.engine.world.main or not work.progress.evaluation:
         return
     if layout.tp * layout.pp * layout.cp > 1 or work.model.sharded:
         say(_("no process has the whole model; for predictions: danlu eval {out}").format(out=run.out))

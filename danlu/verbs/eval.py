@@ -23,14 +23,14 @@ from danlu.words import _
 
 def main(run: Path, *, data: str | None, split: str, sample_by: str, text: str, label: str | None, columns: list[str],
          encoding: str | None, format: str | None, overlong: Overlong | None, length: int | None, precision: str,
-         batch: int | None, task: Literal["text", "chat", "generate"] | None, answer_after: str | None,
+         batch: int | None, head: str | None, task: Literal["text", "chat", "generate"] | None, answer_after: str | None,
          max_new_tokens: int | None, out: Path | None, samples: Path | None, as_json: bool) -> int:
     """Print the figures of a task, or of answers that are written, or loss and perplexity; each with its 95 % interval."""
     device = parallel.start(threads=None, device="auto")
     subject = open_subject(run)
     names = by_role(columns) | ({} if text == "text" else {"text": text}) | ({} if label is None else {"label": label})
     how = rows.How(split=split, names=names, encoding=encoding, format=format, overlong=overlong, length=length,
-                   precision=precision, rows=batch)
+                   precision=precision, rows=batch, head=head)
     home = run if (run / "run.json").is_file() else None
     if subject.cfg.tasks:
         found: list[Any] = _of_task(subject, data, how, device, samples, home)
@@ -62,9 +62,11 @@ def by_role(columns: list[str]) -> dict[str, str]:
 
 def _of_task(subject: Subject, data: str | None, how: rows.How, device: torch.device, samples: Path | None,  # noqa: PLR0917
              home: Path | None) -> list[rows.Finding]:
-    task = rows.task_of(subject, how, device)
+    task = rows.task_of(subject, how, device) if data is not None else None
     with predictions(samples, home) as write:
-        return rows.on_held_out(task, write, out=home) if data is None else [rows.judged_on(task, data, how, write)]
+        if task is None or data is None:
+            return rows.on_all_held_out(subject, how, device, write, out=home)
+        return [rows.judged_on(task, data, how, write)]
 
 
 def _of_answers(subject: Subject, data: str | None, how: rows.How, writing: written.Writing, device: torch.device,  # noqa: PLR0917
@@ -72,7 +74,7 @@ def _of_answers(subject: Subject, data: str | None, how: rows.How, writing: writ
     if data is None:
         raise ConfigError(_("answers are written to prompts; name the file that holds them"), where=str(subject.folder),
                           fix="danlu eval RUN --task generate --data test.jsonl")
-    item = source(data, subject.run, format=how.format, encoding=how.encoding)
+    item = source(data, next(iter(subject.sources()), None), format=how.format, encoding=how.encoding)
     with predictions(samples, home) as write:
         return written.evaluate(subject, item, how.names, writing, name=named(data), precision=how.precision, device=device,
                                 write=write)
@@ -81,8 +83,8 @@ def _of_answers(subject: Subject, data: str | None, how: rows.How, writing: writ
 def _of_text(subject: Subject, data: str | None, how: rows.How, device: torch.device, out: Path | None,  # noqa: PLR0917
              samples: Path | None, *, sample_by: str, text: str, task: str | None, as_json: bool) -> int:
     """Print loss and perplexity: of text, or of the answers in conversations."""
-    raw = data is not None and not on_text.is_prepared(data)
-    item = source(data, subject.run, format=how.format, encoding=how.encoding) if raw and data is not None else None
+    raw, like = data is not None and not on_text.is_prepared(data), next(iter(subject.sources()), None)
+    item = source(data, like, format=how.format, encoding=how.encoding) if raw and data is not None else None
     chats = item is not None and subject.cfg.causal and (
         task == "chat" or (task is None and written.answers(item, how.names)))
     if chats and item is not None and data is not None:

@@ -30,7 +30,7 @@ HELD = 1000
 
 def main(run: Path, *, data: str | None, text: str | None, pair: str | None, out: Path | None, top_k: int, columns: list[str],
          encoding: str | None, format: str | None, overlong: Overlong | None, length: int | None, precision: str,
-         batch: int | None, as_json: bool) -> int:
+         batch: int | None, head: str | None, as_json: bool) -> int:
     """Write each row with prediction and probability; or print what is said of one text."""
     if (data is None) == (text is None):
         raise ConfigError(_("give either --data or --text"), where=_("command line"))
@@ -38,7 +38,7 @@ def main(run: Path, *, data: str | None, text: str | None, pair: str | None, out
         raise ConfigError(_("--pair stands beside --text"), where=_("command line"))
     device = parallel.start(threads=None, device="auto")
     how = rows.How(names=by_role(columns), encoding=encoding, format=format, overlong=overlong, length=length,
-                   precision=precision, rows=batch)
+                   precision=precision, rows=batch, head=head)
     task = rows.task_of(open_subject(run), how, device)
     if text is not None:
         told = said_of(task, (text,) if pair is None else (text, pair), top=top_k)
@@ -47,7 +47,7 @@ def main(run: Path, *, data: str | None, text: str | None, pair: str | None, out
     assert data is not None
     count, wrong = 0, 0
     with writing(out) as write:
-        lines = read(source(data, task.subject.run, format=format, encoding=encoding), task.reading(how, unlabelled=True))
+        lines = read(source(data, task.like, format=format, encoding=encoding), task.reading(how, unlabelled=True))
         for record, good in records(task, lines, top=top_k):
             write(record, good)
             count += 1

@@ -141,7 +141,7 @@ def test_logits_do_not_depend_on_the_company(run: Path, tmp_path: Path) -> None:
     for most in (1, 7, None):
         task = rows.task_of(open_subject(run), rows.How(rows=most), CPU)
         reading = task.reading(rows.How(), unlabelled=True)
-        found[most] = [outs[0] for _line, outs in rows.answered(task, read(source(str(data), task.subject.run), reading))]
+        found[most] = [outs[0] for _line, outs in rows.answered(task, read(source(str(data), task.like), reading))]
     for most in (7, None):
         np.testing.assert_allclose(np.stack(found[most]), np.stack(found[1]), atol=1e-5, rtol=0)
     np.testing.assert_allclose(np.stack(found[1]), logits(task.subject.folder, given, 32), atol=1e-5, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import several
 import torch
 
+from danlu import cli
 from danlu.errors import ConfigError
 from danlu.models import weights
 from danlu.objectives.tasks import Tasks
@@ -63,6 +65,25 @@ def test_every_task_is_learned_judged_and_kept(files: Path, tmp_path: Path) -> N
     assert [(task.name, task.labels) for task in cfg.tasks] == [("mood", ("bad", "good")), ("stars", ())]
     ids = torch.tensor([[2, 7, 8, 3]])
     assert {"mood", "stars", "logits"} <= checkpoint.load_model(out)(ids).keys()
+    left = json.loads((out / "eval_results.json").read_text())["results"]
+    best = max(line["eval/mood/accuracy"] for line in told)
+    assert left.keys() == {"mood/mood", "stars/stars"} and left["mood/mood"]["accuracy,none"] == pytest.approx(best)
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"mood", "stars"}
+
+
+def test_one_of_several_tasks_is_asked_by_name(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    train(three(files, out, steps=60, rows=24))
+    assert cli.main(["predict", str(out), "--head", "mood", "--text", "the film is lovely"]) == 0
+    assert capsys.readouterr().out.startswith("good\t")
+    assert cli.main(["predict", str(out), "--head", "stars", "--text", "the film is lovely and fine"]) == 0
+    assert float(capsys.readouterr().out) > 0.5
+    assert cli.main(["eval", str(out), "--head", "stars", "--data", str(files / "stars.jsonl"), "--json"]) == 0
+    assert "pearson,none" in json.loads(capsys.readouterr().out)["results"]["stars"]
+    for words, said in (((), "--head mood"), (("--head", "moods"), "mood, stars")):
+        assert cli.main(["eval", str(out), "--data", str(files / "stars.jsonl"), *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_step_is_the_sum_of_its_tasks(files: Path, tmp_path: Path) -> None:
