@@ -31,5 +31,6 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise DataError(_("the hub does not give this model: {why}").format(why=str(error).strip().splitlines()[0]), where=name,
-                        fix=_("check the name and the network, or give the path of a folder")) from None
+        raise DataError(_("there is no such folder, and the hub does not give this model: {why}").format(
+            why=str(error).strip().splitlines()[0]), where=name,
+                        fix=_("give the folder or the name of a model, for example start=path/or/owner/name; check the network")) from None
