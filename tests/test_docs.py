@@ -18,6 +18,7 @@ from danlu import cli, config
 from danlu.data.prepare import Prepare
 from danlu.errors import DanluError
 from danlu.train.recipe import Run
+from danlu.verbs import table
 from danlu.verbs.rehearse import spread
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ def test_every_key_stands_in_the_page_of_the_configuration(language: str, cls: t
 def test_every_verb_stands_in_the_readmes() -> None:
     for path in READMES:
         told = set(re.findall(r"`danlu ([\w-]+)", path.read_text(encoding="utf-8")))
-        assert set(cli._verbs()) - told == set(), path.name
+        assert set(table.verbs()) - told == set(), path.name
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -119,7 +120,7 @@ def shown(name: str) -> str:
 def test_every_command_parses(file: str, line: str, tmp_path: Path) -> None:
     words, _language = cli.language(shlex.split(line)[1:])
     words = [word for word in words if word not in ("--json", "--debug")]
-    verbs = cli._verbs()
+    verbs = table.verbs()
     assert words[0] in verbs, f"{file}: {line}"
     if len(words) == 1:                                  # `danlu eval` names the verb, not a call
         return
@@ -135,7 +136,7 @@ def test_every_command_parses(file: str, line: str, tmp_path: Path) -> None:
             pytest.fail(f"{file}: {line}: {error}")
 
 
-def check_recipe(verb: cli.Verb, words: list[str], folder: Path) -> None:
+def check_recipe(verb: table.Verb, words: list[str], folder: Path) -> None:
     """Load the recipe that a command names, or the one that the pages show, with the command's overrides."""
     options, rest = cli.recipe_options(verb, words)
     recipe, overrides = cli.recipe_words(rest)

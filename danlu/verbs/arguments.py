@@ -1,0 +1,170 @@
+"""How the arguments of each verb read; nothing heavy is imported for them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import danlu
+from danlu.words import _
+
+
+def recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, nargs="?", help=_("the YAML file"))
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=_("changes to it; --a.b c means the same"))
+
+
+def audit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=Path, help=_("write the audit to this file, too (default: audit.json of the run folder)"))
+
+
+def launch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--render", required=True, choices=["slurm", "k8s"], help=_("what the job file is for"))
+    parser.add_argument("--nodes", type=int, help=_("machines (default: what the layout's processes fill)"))
+    parser.add_argument("--gpus-per-node", "--gpus_per_node", type=int,
+                        help=_("processes, and GPUs, of one machine (default: 8, or fewer if the layout needs fewer)"))
+    parser.add_argument("--image", default=f"danlu:{danlu.__version__}", help=_("container image, for k8s"))
+
+
+def verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["layout"], help=_("what to verify: layout = the recipe's layout against one process"))
+    parser.add_argument("--steps", type=int, default=4, help=_("steps to compare"))
+    parser.add_argument("--precision", default="fp64", choices=["fp64", "fp32"], help=_("arithmetic of both"))
+    parser.add_argument("--tolerance", type=float, help=_("largest relative difference allowed (default: 1e-6, in fp32 1e-3)"))
+    parser.add_argument("--against", type=Path, help=argparse.SUPPRESS)
+
+
+def rehearse_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, help=_("processes; those beyond tp·pp·cp are data parallel if layout.dp=1"))
+    parser.add_argument("--vocab", type=int, help=_("ids of the tokenizer, where the recipe leaves them to it"))
+    parser.add_argument("--memory", help=_("memory of one device, such as 80GB: does it fit?"))
+
+
+def quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help=_("folder for everything it makes"))
+    parser.add_argument("--steps", type=int, help=_("training steps (default: what fits into the time)"))
+    parser.add_argument("--minutes", type=float, default=1.6, help=_("time to train for"))
+
+
+def eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--data", help=_("files of rows or of text, or a prepared folder; default: what the run holds out"))
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    parser.add_argument("--sample-by", "--sample_by", default="line", choices=["line", "paragraph", "document"],
+                        help=_("what one document is in a txt file"))
+    parser.add_argument("--text", default="text", help=_("column of the text in jsonl, csv and parquet files"))
+    parser.add_argument("--label", help=_("column of the label"))
+    rows(parser)
+    parser.add_argument("--task", choices=["text", "chat", "generate"],
+                        help=_("of a decoder: loss of text, loss of answers, answers it writes (default: seen from the rows)"))
+    parser.add_argument("--generate", dest="task", action="store_const", const="generate", help=_("the same as --task generate"))
+    parser.add_argument("--answer-after", "--answer_after",
+                        help=_("the final answer is what follows this pattern, for example '####'"))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help=_("tokens of an answer (default: 256)"))
+    parser.add_argument("--out", type=Path, help=_("write the result as JSON"))
+    parser.add_argument("--samples", type=Path, help=_("write each row or document with what was found, as JSON lines"))
+
+
+def rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=_("columns by role, as in a recipe"))
+    parser.add_argument("--encoding", help=_("encoding of the file, for example gb18030 (default: the recipe's)"))
+    parser.add_argument("--format", choices=["txt", "jsonl", "json", "csv", "tsv", "conll", "parquet"],
+                        help=_("format of the file (default: by its name)"))
+    parser.add_argument("--overlong", choices=["error", "cut", "drop", "split"],
+                        help=_("what becomes of rows that are too long (default: as the recipe says)"))
+    parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
+    parser.add_argument("--batch", type=int, help=_("most rows computed at a time"))
+    parser.add_argument("--head", help=_("which of several tasks (eval without --data: each)"))
+
+
+def predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--data", help=_("files of rows without labels; - reads JSON lines from stdin"))
+    parser.add_argument("--text", help=_("one text, in place of --data"))
+    parser.add_argument("--pair", help=_("the text that belongs to it"))
+    parser.add_argument("--out", type=Path,
+                        help=_("file to write, jsonl, csv or tsv by its name (default: JSON lines to stdout)"))
+    parser.add_argument("--top-k", "--top_k", type=int, default=0, help=_("also list so many of the likeliest classes"))
+    rows(parser)
+
+
+def chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--system", help=_("what the model is told before anything else"))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512, help=_("most tokens of an answer"))
+    parser.add_argument("--temperature", type=float, default=0.7, help=_("0 = always the likeliest"))
+    parser.add_argument("--top-k", "--top_k", type=int, help=_("choose among the k likeliest"))
+    parser.add_argument("--top-p", "--top_p", type=float, help=_("choose among the likeliest that make up p"))
+    parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
+                        help=_("above 1: tokens already there become less likely"))
+    parser.add_argument("--seed", type=int, default=0, help=_("same seed, same text"))
+
+
+def generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--prompt", default="", help=_("how the text begins; - reads it from stdin"))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int,
+                        help=_("tokens to write (default: 128, or what the context has room for)"))
+    parser.add_argument("--temperature", type=float, default=0.8, help=_("0 = always the likeliest"))
+    parser.add_argument("--top-k", "--top_k", type=int, help=_("choose among the k likeliest"))
+    parser.add_argument("--top-p", "--top_p", type=float, help=_("choose among the likeliest that make up p"))
+    parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
+                        help=_("above 1: tokens already there become less likely"))
+    parser.add_argument("--stop", action="append", default=[], help=_("text that ends the answer; may be repeated"))
+    parser.add_argument("--seed", type=int, default=0, help=_("same seed, same text"))
+
+
+def merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint, or an adapter's folder as PEFT writes it"))
+    parser.add_argument("--out", type=Path, help=_("folder for the merged model (default: `merged` in the first)"))
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: the base's)"))
+    parser.add_argument("--tolerance", type=float,
+                        help=_("largest difference allowed, as a share of the largest number said (default: by dtype)"))
+
+
+def inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help=_("prepared folder"))
+    parser.add_argument("--row", type=int, default=0, help=_("number of the row"))
+    parser.add_argument("--split", default="train", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    parser.add_argument("--recipe", type=Path, help=_("show the row as this recipe cuts, packs and masks it"))
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder"))
+
+
+def ckpt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["ls", "verify", "hash"], help=_("what to do"))
+    parser.add_argument("path", type=Path, help=_("run folder or checkpoint"))
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--security", action="store_true", help=_("what is exposed"))
+
+
+def tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trials", type=int, default=20, help=_("trials in all, those of earlier commands among them"))
+    parser.add_argument("--search", action="append", default=[], metavar="KEY=WHAT",
+                        help=_("a key and log(low,high), low..high, low..high:step or [a,b,c]; may be repeated"))
+    parser.add_argument("--space", type=Path, help=_("YAML file with the same in a section `search`"))
+    parser.add_argument("--metric", default="eval/loss", help=_("what decides; the best evaluation of a trial counts"))
+    parser.add_argument("--direction", choices=["minimize", "maximize"], help=_("what is better (default: by the metric's name)"))
+    parser.add_argument("--sampler", default="tpe", choices=["tpe", "random", "grid"], help=_("how values are chosen"))
+    parser.add_argument("--pruner", choices=["median", "hyperband", "none"],
+                        help=_("when a trial is stopped early (default: median, if the recipe evaluates on the way)"))
+    parser.add_argument("--timeout", type=float, help=_("seconds after which no new trial begins"))
+    parser.add_argument("--seed", type=int, default=0, help=_("same seed, same trials"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"), help=_("folder of the study and its trials"))
+
+
+def import_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help=_("the YAML file"))
+    parser.add_argument("--from", dest="tool", required=True, choices=["llamafactory", "axolotl", "trl"],
+                        help=_("the tool it is written for"))
+    parser.add_argument("--out", type=Path, help=_("write the recipe here (default: print it)"))
+
+
+def config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["schema", "check"], help=_("what to do"))
+    parser.add_argument("--verb", dest="about", default="train", choices=["train", "prepare"], help=_("whose file it is"))
