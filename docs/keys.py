@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 
-from danlu import cli, config
+from danlu import config
 from danlu.data.prepare import Prepare
 from danlu.models import decoder, encoder
 from danlu.train.recipe import Run
+from danlu.verbs import table
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(?<=<!-- keys )(.+?)( -->\n)(.*?)(?=<!-- end -->)", re.S)
@@ -81,7 +82,7 @@ class Tables:
         """Return the table called `name` as it stands in the page."""
         match name.split():
             case ["aliases", "verbs"]:
-                lines = self.rows((self.say["there"], self.say["here"]), ((f"`{a}`", f"`{b}`") for a, b in cli.ALIASES.items()))
+                lines = self.rows((self.say["there"], self.say["here"]), ((f"`{a}`", f"`{b}`") for a, b in table.ALIASES.items()))
             case ["aliases", root]:
                 lines = self.rows((self.say["there"], self.say["here"]), self.aliases(ROOTS[root]))
             case ["presets", kind]:

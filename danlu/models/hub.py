@@ -31,7 +31,8 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
         raise DataError(
-            _("there is no such folder, and the hub does not give this model: {why}").format(why=str(error).strip().splitlines()[0]),
+            _("there is no such folder, and the hub does not give this model: {why}").format(why=why),
             where=name, fix=_("give the folder or the name of a model, for example start=path/or/owner/name; check the network")
         ) from None
