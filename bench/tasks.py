@@ -127,7 +127,7 @@ PRETRAINED = {
     "chinese": ("corpus-bert", "pretrain-bert", ("chnsenticorp/train.tsv", "stsb/zh-train.csv"),
                 ("tokenizer.vocab=6000", "clean.min_chars=5"),
                 ("model={kind: encoder, preset: bert-mini, context: 192}", "objective=masked_lm", "rows=32", "length=128",
-                 "pack=true", "steps=1500", "optim.lr=1e-3")),
+                 "pack=true", "steps=700", "optim.lr=1e-3")),
     "arithmetic": ("corpus", "pretrain-gpt", ("gsm8k/train.jsonl",), ("tokenizer.vocab=4096",),
                    ("model={kind: decoder, preset: llama-mini, context: 512}", "steps=400", "stop=null")),
 }
@@ -155,7 +155,7 @@ def pretrained(name: str, data: Path, out: Path) -> Path:
     """Return the run of a small model that has read the training texts."""
     corpus, recipe, files, preparing, training = PRETRAINED[name]
     source = out / f"{name}.jsonl"
-    lines = dict.fromkeys(text for file in files for text in texts(data / file))
+    lines = {"".join(text.split()): text for file in files for text in texts(data / file)}.values()      # each once
     source.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in lines), encoding="utf-8")
     danlu("prepare", RECIPES / f"{corpus}.yaml", "--out", out / f"{name}-corpus", f"inputs={source}", *preparing)
     danlu("train", RECIPES / f"{recipe}.yaml", "--out", out / name, f"data={out / f'{name}-corpus'}", "every.sample=0"

@@ -40,9 +40,9 @@ UNIONS = {                                               # name of the table -> 
 }
 SINGLE = {                                               # other definitions -> the heading they stand under
     "Source": "data", "Chats": "chat", "Decoder": "decoder", "Encoder": "encoder", "Head": "heads", "Part": "parts",
-    "Task": "tasks", "Continual": "continual", "Replay": "replay", "EWC": "ewc", "L2SP": "l2sp", "Distil": "distil",
-    "Average": "average", "Layout": "layout", "Local": "local", "Every": "every", "Stop": "stop", "Guard": "guard",
-    "Audit": "audit", "Input": "inputs", "Clean": "clean", "Split": "split",
+    "Task": "tasks", "Continual": "continual", "Replay": "replay", "EWC": "ewc", "L2SP": "l2sp", "Distil": "distil-of-the-start",
+    "Teach": "distil", "Average": "average", "Layout": "layout", "Local": "local", "Every": "every", "Stop": "stop",
+    "Guard": "guard", "Audit": "audit", "Input": "inputs", "Clean": "clean", "Split": "split",
 }
 WORDS = {
     "en": {

@@ -20,6 +20,7 @@ from danlu.errors import IncompatibleError
 from danlu.nn import attention, head, placed
 from danlu.nn.ahead import Ahead
 from danlu.nn.cache import Cache, Past
+from danlu.nn.candidates import speak
 from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation
@@ -252,18 +253,21 @@ class DecoderModel(nn.Module):
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
-                ends: Tensor | None = None, starts: Tensor | None = None, cache: Cache | None = None, last: bool = False) -> Any:
+                ends: Tensor | None = None, starts: Tensor | None = None, candidates: Tensor | None = None,
+                soften: Tensor | None = None, cache: Cache | None = None, last: bool = False, most: int = 0) -> Any:
         """Return {"logits" [B, T, V], "hidden" [B, T, D]}, or with labels [B, T] {"lm": Scores}.
 
-        ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  `last`: only the last token's
-        logits, [B, 1, V].  Heads of tasks stand under their names: classify [B, K], tag [B, T, K], answer [B, T, 2],
-        choose [B, P], embed [B, P, D], all but tag of whole rows under context parallelism; ends [B] or [B, P]: the last
-        token of the row, or of each stretch.  `types` and `starts` are an encoder's and not used.
+        ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  candidates, soften, most: see
+        nn/candidates.py.  `last`: only the last token's logits, [B, 1, V].  Heads of tasks stand under their names:
+        classify [B, K], tag [B, T, K], answer [B, T, 2], choose [B, P], embed [B, P, D], all but tag of whole rows under
+        context parallelism; ends [B] or [B, P]: the last token of the row, or of each stretch.  `types` and `starts` are an
+        encoder's and not used.
         """
         skip = self.ahead.tokens if cache is None or not cache.length else 0
         x = self.enter(ids, positions, cache)
         x = self.through(x, positions, segments, cache)
-        return self.leave(x[:, skip:], labels, weights, last=last, segments=segments, ends=ends) if self.last else x
+        return self.leave(x[:, skip:], labels, weights, last=last, segments=segments, ends=ends, candidates=candidates,
+                          soften=soften, most=most) if self.last else x
 
     def enter(self, ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
         """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
@@ -301,13 +305,14 @@ class DecoderModel(nn.Module):
         return x
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool = False,
-              segments: Tensor | None = None, ends: Tensor | None = None) -> dict[str, Any]:
+              segments: Tensor | None = None, ends: Tensor | None = None, candidates: Tensor | None = None,
+              soften: Tensor | None = None, most: int = 0) -> dict[str, Any]:
         """Return what `forward` does, from what the last block put out."""
         x = self.strip.join(x)
         said = {t.name: self._say(t, x, segments, ends) for t in self.cfg.tasks}
         if not self.cfg.lm:
             return said if said else {"hidden": self.norm(x)}
-        return said | self._speak(x, labels, weights, last=last)
+        return said | self._speak(x, labels, weights, last=last, candidates=candidates, soften=soften, most=most)
 
     def _say(self, task: Head, x: Tensor, segments: Tensor | None, ends: Tensor | None) -> Tensor:
         """Return what the head of a task says of x [B, T, D]."""
@@ -323,7 +328,7 @@ class DecoderModel(nn.Module):
         said: Tensor = head(self.norm(x.gather(1, places[:, :, None].expand(-1, -1, x.shape[-1]))))     # [B, P, K]
         return said[:, 0] if task.kind == "classify" else said[..., 0]
 
-    def _speak(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool) -> dict[str, Any]:
+    def _speak(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool, **of: Any) -> dict[str, Any]:
         """Return what the vocabulary's head says of x [B, T, D]."""
         table = self.embed.weight if self.head is None else self.head.weight
         if labels is None:
@@ -332,7 +337,7 @@ class DecoderModel(nn.Module):
         chosen = labels if weights is None else weights
         index = head.learned(chosen, everything=weights is None)
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
-        return {"lm": head.scores(x, table, labels, weights, index=index)}
+        return speak("lm", x, table, labels, weights, index=index, **of)
 
     def _places(self, tokens: int, device: torch.device, positions: Tensor | None, past: int) -> Tensor:
         """Return the places of the tokens in their documents, [B or 1, T]."""

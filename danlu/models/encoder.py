@@ -19,6 +19,7 @@ from danlu.errors import IncompatibleError
 from danlu.models.names import Name, rows, task_names
 from danlu.nn import attention, head, placed
 from danlu.nn.ahead import Ahead
+from danlu.nn.candidates import speak
 from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation, activate
@@ -227,17 +228,19 @@ class EncoderModel(nn.Module):
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
-                ends: Tensor | None = None, starts: Tensor | None = None) -> Any:
+                ends: Tensor | None = None, starts: Tensor | None = None, candidates: Tensor | None = None,
+                soften: Tensor | None = None, most: int = 0) -> Any:
         """Return {"hidden" [B, T, D], "logits" [B, T, V], "pooled" [B, D], "nsp" [B, 2], "sop" [B, 2]}, what there is.
 
         With labels [B, T] there is {"mlm": Scores} in place of "hidden" and "logits": the head then reads only the N
         positions whose weight is not 0.  ids, positions, segments, types [B, T].  What is said of pairs is read off the
-        first token of each row.  Heads of tasks stand under their names: classify [B, K], tag [B, T, K], answer [B, T, 2],
-        choose [B, P], embed [B, P, D]; starts [B, P]: the first token of each stretch.  `ends` is a decoder's and not used.
-        Under context parallelism answer, choose and embed are of whole rows.
+        first token of each row.  candidates, soften, most: see nn/candidates.py.  Heads of tasks stand under their names:
+        classify [B, K], tag [B, T, K], answer [B, T, 2], choose [B, P], embed [B, P, D]; starts [B, P]: the first token of each
+        stretch.  `ends` is a decoder's and not used.  Under context parallelism answer, choose and embed are of whole rows.
         """
         x = self.through(self.enter(ids, positions, types), segments)
-        return self.leave(x, labels, weights, segments=segments, starts=starts) if self.last else x
+        return self.leave(x, labels, weights, segments=segments, starts=starts, candidates=candidates, soften=soften,
+                          most=most) if self.last else x
 
     def enter(self, ids: Tensor, positions: Tensor | None, types: Tensor | None) -> Tensor:
         """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
@@ -266,7 +269,7 @@ class EncoderModel(nn.Module):
         return x
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, segments: Tensor | None = None,
-              starts: Tensor | None = None) -> dict[str, Any]:
+              starts: Tensor | None = None, **of: Any) -> dict[str, Any]:
         """Return what `forward` does, from what the last block put out."""
         x = self.strip.join(x)
         skip = self.ahead.tokens                         # but what is said of a row is read off what comes first, whatever it is
@@ -283,7 +286,7 @@ class EncoderModel(nn.Module):
         elif self.head is not None:
             index = head.learned(labels if weights is None else weights, everything=weights is None)
             picked = self.head(head.select(x.flatten(0, 1), index))                         # [N, D]
-            out["mlm"] = head.scores(picked, self.embed.weight, labels, weights, bias=self.head.bias, index=index)
+            out |= speak("mlm", picked, self.embed.weight, labels, weights, bias=self.head.bias, index=index, **of)
         return out
 
     def _say(self, task: Head, x: Tensor, segments: Tensor | None, starts: Tensor | None) -> Tensor:

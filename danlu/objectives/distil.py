@@ -15,18 +15,20 @@ from torch import Tensor
 
 from danlu.data.tokenizer import Special
 from danlu.nn.tasks import Head
+from danlu.objectives.classify import full
 from danlu.objectives.protocol import Batch, Objective, Out, Rng, Row
 from danlu.objectives.tasks import Tasks
 
-SURE = -1e-6                                             # log-probabilities nearer to 0 are taken for this
+SURE = -1e-6                                             # log-probabilities of all ids but the rest are at most this
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """An objective with a term for each head that a frozen model has, too: the divergence from what that one says.
+    """An objective with a term for each head that frozen models have, too: the mean divergence from what those say.
 
-    kept: heads of classes, compared on every row of their kind.  text: the head of the vocabulary, compared on the rows of
-    sources from number `old` on; empty: it is not.
+    kept: heads of classes, scores or tags.  text: the head of the vocabulary, of which the `top` likeliest ids of a frozen
+    model are compared, and all others together: no more than the divergence over the whole vocabulary, and no logits of it.
+    Text is compared on the rows of sources from number `old` on; empty: not at all.  learn: weight of the objective itself.
     """
 
     inner: Objective
@@ -35,6 +37,8 @@ class Distilled:
     old: int = 0
     weight: float = 1.0
     temperature: float = 2.0
+    top: int = 32
+    learn: float = 1.0
     kind: str = field(default="distilled", init=False)
 
     @property
@@ -43,7 +47,7 @@ class Distilled:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        return (*self.inner.scales, *[self.weight] * (len(self.kept) + bool(self.text)))
+        return (*[self.learn * scale for scale in self.inner.scales], *[self.weight] * (len(self.kept) + bool(self.text)))
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -51,7 +55,7 @@ class Distilled:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return self.inner.inputs
+        return (*self.inner.inputs, "candidates", "soften") if self.text else self.inner.inputs
 
     @property
     def partner(self) -> bool:
@@ -75,41 +79,68 @@ class Distilled:
         return self.inner.room(length)
 
     def collate(self, rows: Sequence[Row], vocab: Special, rng: Rng, length: int) -> Batch:
-        """Return what the objective inside does, and distil/old [B]: 1 for replayed rows."""
-        old = torch.tensor([float(row["key"][0] >= self.old) for row in rows])
-        return {**self.inner.collate(rows, vocab, rng, length), "distil/old": old}
+        """Return what the objective inside does, distil/row_weights [B]: 1 for rows that heads of classes read; for text also
+        distil/old [B]: 1 for rows that are compared, and soften [B].
+        """
+        columns = self.inner.collate(rows, vocab, rng, length)
+        if self.text:
+            columns["distil/old"] = torch.tensor([float(row["key"][0] >= self.old) for row in rows])
+            if self.temperature != 1:
+                columns["soften"] = torch.full((len(rows),), self.temperature)
+        read = torch.ones(len(rows))
+        if isinstance(self.inner, Tasks):
+            parts = [columns[f"{name}/rows"] for name, part in self.inner.parts.items() if part.objective.tasks()]
+            read = torch.stack(parts).sum(0) if parts else torch.zeros(len(rows))
+        return {**columns, "distil/row_weights": read}
 
     @torch.no_grad()
     def enrich(self, batch: Batch, frozen: Mapping[str, Any]) -> Batch:
-        """Return the batch with distil/NAME [B, K] logits and distil/text [B, T] log-probabilities of the labels."""
-        out: Out = frozen["start"](batch)
-        said = {f"distil/{head.name}": out[head.name].float() for head in self.kept}
-        if self.text:
-            logp = torch.zeros(batch["labels"].numel(), device=batch["labels"].device)
-            logp[out[self.text].index] = out[self.text].logp.float()
-            said["distil/text"] = logp.view_as(batch["labels"])
-        return {**batch, **said}
+        """Return the batch with what each frozen model says.
+
+        Of model i there are distil/i/NAME [B, K] or [B, T, K] logits, and distil/i/text [B, T, k] log-probabilities of its
+        likeliest ids; candidates [B, T, k·models] are those ids.
+        """
+        said: Batch = {}
+        candidates = []
+        for i, ask in enumerate(frozen.values()):
+            out: Out = ask(batch, self.top if self.text else 0)
+            said |= {f"distil/{i}/{head.name}": full(out[head.name]).float() for head in self.kept}
+            if self.text:
+                best = out[f"{self.text}/best"]
+                shape = (*batch["labels"].shape, best.ids.shape[1])
+                for name, column in ((f"distil/{i}/text", best.logp), ("candidates", best.ids)):
+                    whole = column.new_zeros(shape)
+                    whole.view(-1, shape[-1])[best.index] = column
+                    if name == "candidates":
+                        candidates.append(whole)
+                    else:
+                        said[name] = whole
+        return {**batch, **said, **({"candidates": torch.cat(candidates, -1)} if candidates else {})}
 
     def count(self, batch: Batch) -> Tensor:
-        rows = self._rows(batch).sum(dtype=torch.float64)[None].expand(len(self.kept))
+        counts = [self._weights(head, batch).sum(dtype=torch.float64)[None] for head in self.kept]
         text = [(batch["weights"] * batch["distil/old"][:, None]).sum(dtype=torch.float64)[None]] if self.text else []
-        return torch.cat([self.inner.count(batch), rows, *text])
+        return torch.cat([self.inner.count(batch), *counts, *text])
 
     def loss(self, out: Out, batch: Batch) -> Tensor:
-        rows = self._rows(batch)
-        sums = [(divergence(out[head.name], batch[f"distil/{head.name}"], head, self.temperature) * rows).sum()
-                for head in self.kept]
+        models = 1 + max(int(name.split("/")[1]) for name in batch if name.startswith("distil/") and name.count("/") == 2)
+        sums = []
+        for head in self.kept:
+            apart = [divergence(full(out[head.name]), batch[f"distil/{i}/{head.name}"], head, self.temperature)
+                     for i in range(models)]
+            sums.append((sum(apart[1:], apart[0]) / models * self._weights(head, batch)).sum())
         if self.text:
-            scores = out[self.text]
-            weights = (batch["weights"] * batch["distil/old"][:, None]).flatten()[scores.index]
-            sums.append((of_label(scores.logp, batch["distil/text"].flatten()[scores.index]) * weights).sum())
+            index, parts = out[self.text].index, out[f"{self.text}/of"].chunk(models, -1)
+            apart = [of_best(part, batch[f"distil/{i}/text"].flatten(0, 1)[index]) for i, part in enumerate(parts)]
+            weights = (batch["weights"] * batch["distil/old"][:, None]).flatten()[index]
+            sums.append((sum(apart[1:], apart[0]) / models * weights).sum() * self.temperature**2)
         return torch.cat([self.inner.loss(out, batch), torch.stack(sums)])
 
-    def _rows(self, batch: Batch) -> Tensor:
-        """Return 1 for each row [B] that heads of classes read."""
-        if not isinstance(self.inner, Tasks):
-            return torch.ones(len(batch["ids"]), device=batch["ids"].device)
-        return torch.stack([batch[f"{name}/rows"] for name, part in self.inner.parts.items() if part.objective.tasks()]).sum(0)
+    def _weights(self, head: Head, batch: Batch) -> Tensor:
+        """Return 1 for each row [B] that a head of classes reads, or for each word [B, T] that has a tag."""
+        if head.kind == "tag":
+            return (batch[f"{head.name}/tags" if isinstance(self.inner, Tasks) else "tags"] >= 0).float()
+        return batch["distil/row_weights"]
 
 
 def plain(objective: Objective) -> Objective:
@@ -118,7 +149,7 @@ def plain(objective: Objective) -> Objective:
 
 
 def divergence(said: Tensor, by: Tensor, head: Head, temperature: float) -> Tensor:
-    """Return [B]: KL(by || said) of logits [B, K] at `temperature`, times its square (Hinton et al., 2015).
+    """Return [B], or [B, T]: KL(by || said) of logits [.., K] at `temperature`, times its square (Hinton et al., 2015).
 
     Of several labels a row, the mean of their binary divergences; of scores half their squared difference.
     """
@@ -133,11 +164,11 @@ def divergence(said: Tensor, by: Tensor, head: Head, temperature: float) -> Tens
     return (theirs.exp() * (theirs - mine)).sum(-1) * temperature**2
 
 
-def of_label(said: Tensor, by: Tensor) -> Tensor:
-    """Return [N]: the KL divergence of label against all other tokens together, from log-probabilities of the label [N]."""
-    said, by = said.clamp(max=SURE), by.clamp(max=SURE)
-    return by.exp() * (by - said) - torch.expm1(by) * (_rest(by) - _rest(said))
+def of_best(said: Tensor, by: Tensor) -> Tensor:
+    """Return [N]: the KL divergence of k ids, and of all others together, from log-probabilities [N, k] of both models."""
+    return (by.exp() * (by - said)).sum(-1) + _rest(by).exp() * (_rest(by) - _rest(said))
 
 
 def _rest(logp: Tensor) -> Tensor:
-    return torch.log(-torch.expm1(logp))
+    """Return the log-probability [N] of what is not among the k ids."""
+    return torch.log(-torch.expm1(logp.logsumexp(-1).clamp(max=SURE)))

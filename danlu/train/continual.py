@@ -31,14 +31,24 @@ class L2SP(Model):
 
 
 class Distil(Model):
-    """What the start model says is kept: KL from it, of heads it had (Li and Hoiem, 2016), and of text on replayed rows.
-
-    Of a text only the probability of each label is compared with that of all other tokens together, which needs no logits
-    of a whole vocabulary; it is never more than the divergence over all of it.
-    """
+    """What the start model says is kept: KL from it, of heads it had (Li and Hoiem, 2016), and of text on replayed rows."""
 
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Weight in the loss.")
-    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="Of the classes; that of text is 1.")
+    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="What logits are divided by before they are compared.")
+    top: int = Field(32, ge=1, description="Of a text: how many of the likeliest tokens are compared one by one; all others "
+                     "together, which needs no logits of a whole vocabulary.")
+
+
+class Teach(Model):
+    """What models under `frozen` say is learned beside the data: (1 - weight) · the objective's loss + weight · KL from them.
+
+    Hinton et al., 2015; of several teachers the mean.
+    """
+
+    weight: float = Field(0.5, gt=0, le=1, allow_inf_nan=False, description="Share of what the teachers say in the loss.")
+    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="What logits are divided by before they are compared.")
+    top: int = Field(32, ge=1, description="Of a text: how many of a teacher's likeliest tokens are compared one by one; all "
+                     "others together, which needs no logits of a whole vocabulary.")
 
 
 class Average(Model):

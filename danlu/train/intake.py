@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from danlu import files
+from danlu.adapt import folder as adapters
 from danlu.data import chat, detect, examples
 from danlu.data.encode import Encoder
 from danlu.data.inputs import Input, resolve, split_take
@@ -166,6 +167,8 @@ def _tokenizer(run: Run) -> tuple[Tokenizer, Path]:
     if folder is None and run.start is not None:
         start = checkpoint.chosen(run.start)
         folder = start if (start / "tokenizer.json").is_file() else None
+    if folder is None and run.frozen:
+        folder = adapters.tokenizer_in(checkpoint.chosen(next(iter(run.frozen.values()))))
     prepared = next((source.folder / "tokenizer" for source in run.data if not source.raw), None)
     folder = folder or prepared
     if folder is None:

@@ -18,7 +18,7 @@ from danlu.objectives import Embed, Objectives
 from danlu.objectives.tasks import check_sources
 from danlu.optim import Optimizers
 from danlu.schedule import Schedules
-from danlu.train.continual import Continual
+from danlu.train.continual import Continual, Teach
 from danlu.train.sources import Source, listed
 from danlu.words import _
 
@@ -109,6 +109,9 @@ class Run(Model):
     tokenizer: Path | None = Field(None, description="Folder of the tokenizer for unprepared data; empty: that of `start`.")
     chat: Chats = Chats()
     continual: Continual | None = Field(None, description="Going on from `start` without forgetting.")
+    frozen: dict[str, Path] = Field({}, description="Models that are asked and do not learn: teacher: a run, checkpoint or "
+                                    "Hugging Face folder; several under names of your own teach together.")
+    distil: Teach | None = Field(None, description="How the models under `frozen` teach; empty: the defaults.")
     adapt: Adapters | None = Field(None, description="What is trained in place of all weights of `start`.")
     objective: Objectives = Field(description="What is learned.")
     optim: Optimizers = Field(description="How parameters follow gradients.")
@@ -172,7 +175,7 @@ class Run(Model):
             problems.append(_("objective {kind} needs a decoder; set model.kind=decoder").format(kind=self.objective.kind))
         if self.model is not None and "mlm" in self.objective.heads and self.model.kind != "encoder":
             problems.append(_("objective {kind} needs an encoder; set model.kind=encoder").format(kind=self.objective.kind))
-        problems += self._continual()
+        problems += [*self._continual(), *self._taught()]
         problems += check_sources(self.objective, {key: [s.task for s in sources] for key, sources in self.named.items()})
         if self.pack and self.objective.partner:
             problems.append(_("sentence pairs fill their rows themselves; set pack=false"))
@@ -224,6 +227,17 @@ class Run(Model):
                 n=given.average.last, m=self.every.keep))
         if given.distil is not None and self.layout.pp > 1:
             problems.append(_("continual.distil asks a model that one process sees whole; set layout.pp=1"))
+        return problems
+
+    def _taught(self) -> list[str]:
+        """Return what is wrong with the sections `frozen` and `distil`."""
+        problems = []
+        if self.distil is not None and not self.frozen:
+            problems.append(_("distil learns from a teacher; name it: frozen.teacher=runs/x"))
+        if self.frozen and self.layout.pp > 1:
+            problems.append(_("a model under frozen is one that each process sees whole; set layout.pp=1"))
+        if self.frozen and self.continual is not None and self.continual.distil is not None:
+            problems.append(_("frozen and continual.distil both name models to learn from; give one of them"))
         return problems
 
     @property

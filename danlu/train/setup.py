@@ -262,7 +262,7 @@ def training_rows(run: Run, data: Data) -> tuple[Stream | Mixed, int]:
 def assemble(run: Run, data: Data, model: Placed) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
     plain = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
-    engine = plain if run.continual is None else keeping(run, run.continual, data, plain)
+    engine = keeping(run, data, plain)
     engine.asleep = partial(adapted.asleep, run)
     optimizer = run.optim.build((leaf.name, leaf.local) for leaf in engine.leaves)
     adapted.rates(run, optimizer)

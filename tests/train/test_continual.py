@@ -16,7 +16,7 @@ from danlu import config
 from danlu.errors import ConfigError
 from danlu.models import weights
 from danlu.nn.tasks import Head
-from danlu.objectives.distil import Distilled, divergence, of_label
+from danlu.objectives.distil import Distilled, divergence, of_best
 from danlu.parallel import World
 from danlu.train import checkpoint, keep
 from danlu.train.feed import Steps
@@ -114,15 +114,20 @@ def test_divergences_are_torch_s(temperature: float) -> None:
     torch.testing.assert_close(divergence(said, by, heads, temperature), wanted * temperature**2)
 
 
-def test_the_divergence_of_text_is_that_of_label_against_the_rest() -> None:
+def test_the_divergence_of_text_is_that_of_the_likeliest_and_the_rest() -> None:
     draw = torch.Generator().manual_seed(0)
     said, by = (F.log_softmax(torch.randn(7, 11, generator=draw), -1) for _model in range(2))
-    mine, theirs = (torch.distributions.Bernoulli(probs=x[:, 3].exp()) for x in (said, by))
-    found = of_label(said[:, 3], by[:, 3])
-    torch.testing.assert_close(found, torch.distributions.kl_divergence(theirs, mine), rtol=1e-4, atol=1e-6)
-    assert (found <= F.kl_div(said, by, log_target=True, reduction="none").sum(-1) + 1e-6).all()
-    sure = torch.zeros(3, requires_grad=True)
-    of_label(sure, torch.tensor([0.0, -1e-9, -3.0])).sum().backward()
+    whole = F.kl_div(said, by, log_target=True, reduction="none").sum(-1)
+    for k in (1, 4, 10):
+        best = by.topk(k).indices
+        parts = [x.gather(1, best).exp() for x in (said, by)]
+        mine, theirs = (torch.cat((part, 1 - part.sum(1, keepdim=True)), 1) for part in parts)
+        found = of_best(said.gather(1, best), by.gather(1, best))
+        torch.testing.assert_close(found, (theirs * (theirs / mine).log()).sum(1), rtol=1e-4, atol=1e-6)
+        assert (found <= whole + 1e-6).all()
+    torch.testing.assert_close(of_best(said, by), whole, rtol=1e-4, atol=1e-5)
+    sure = torch.zeros(3, 1, requires_grad=True)
+    of_best(sure, torch.tensor([[0.0], [-1e-9], [-3.0]])).sum().backward()
     assert sure.grad is not None and bool(sure.grad.isfinite().all())
 
 
