@@ -1,6 +1,6 @@
 """Accuracy of fine-tuning beside the Hugging Face Trainer: one recipe, several seeds, dev and test rows.
 
-    python -m bench.sst2 --model MODEL --data DIR               # all-MiniLM-L6-v2 on SST-2, 3 seeds each: 40 minutes on 2 cores
+    python -m bench.sst2 --model MODEL --data DIR               # all-MiniLM-L6-v2 on SST-2, 3 seeds each: 20 minutes on 2 cores
     python -m bench.sst2 --model MODEL --data DIR --lora
 
 MODEL is a folder of a BERT; DIR holds train.tsv, dev.tsv and test.tsv, `text<TAB>label`.  Both take the passes, rows, rate,
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     arguments = parser.parse_args()
     recipe = RECIPES / ("sst2-lora.yaml" if arguments.lora else "sst2.yaml")
     found: dict[str, list[Scores]] = {"Danlu": [], "Trainer": []}
