@@ -150,7 +150,7 @@ def _batches(places: list[tuple[int, int]], size: Callable[[tuple[int, int]], in
 def computed(task: Task, rows: list[Row], said: judge.Said | None = None) -> list[Said]:
     """Return what the head gives for each row, float64: [K] of a class, [n, K] of each of its n tokens, …"""
     objective, special = task.objective, task.subject.tokenizer.special
-    batch = _collated(objective, [unlabelled(row, objective) for row in rows], special, task.length)
+    batch = collated(objective, [unlabelled(row, objective) for row in rows], special, task.length)
     batch = {name: column.to(task.device) for name, column in batch.items()}
     inputs = {name: batch[name] for name in objective.inputs if name in batch}
     with torch.no_grad(), parallel.autocast(task.precision, task.device):
@@ -162,7 +162,7 @@ def computed(task: Task, rows: list[Row], said: judge.Said | None = None) -> lis
     return [np.asarray(one[: len(row["ids"])] if by_token else one) for one, row in zip(head, rows, strict=True)]
 
 
-def _collated(objective: Objective, rows: list[Row], special: Special, length: int) -> dict[str, Tensor]:
+def collated(objective: Objective, rows: list[Row], special: Special, length: int) -> dict[str, Tensor]:
     """Return the rows as a batch that is as long as its longest row."""
     room, _overlap, reserve = objective.room(length)
     beside = length - (room - reserve)

@@ -101,6 +101,7 @@ class Attention(nn.Module):
         self.span: Span | None = None                           # set under context parallelism
         self.prefix: nn.Module | None = None                    # an adapter's: more keys and values, in front
         self.after: nn.Module | None = None                     # … and what it makes of the output
+        self.watch: list[Tensor] | None = None                  # takes the probabilities of each call, where they are looked at
         keys = (kv_heads or heads) * self.head_width
         self.q = nn.Linear(width, heads * self.head_width, bias=qkv_bias, device=device)
         self.k = nn.Linear(width, keys, bias=qkv_bias, device=device)
@@ -125,6 +126,8 @@ class Attention(nn.Module):
             k, v = self.span.gather(k), self.span.gather(v)     # [B, S, G, K]
         if self.prefix is not None:
             k, v = self.prefix(k, v)
+        if self.watch is not None:
+            self.watch.append(probabilities(q.to(v.dtype), k.to(v.dtype), see))
         dropout = self.dropout if self.training else 0.0
         out = attend(q.to(v.dtype), k.to(v.dtype), v, see, self.path, dropout=dropout)
         out = self.o(out.flatten(-2))
@@ -141,6 +144,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: f
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out: Tensor = Blocks.apply(q, k, v, see, block, dropout, learning)      # type: ignore[no-untyped-call]
     return out
+
+
+def probabilities(q: Tensor, k: Tensor, see: Sight) -> Tensor:
+    """Return what each query gives each key [B, H, T, S]: attention whose values are the unit vectors."""
+    one = torch.eye(k.shape[1], dtype=q.dtype, device=q.device)[None, :, None].expand(k.shape[0], -1, k.shape[2], -1)
+    return _sdpa(q, k, one, see, 0.0).transpose(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Sight, dropout: float) -> Tensor:

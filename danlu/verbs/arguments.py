@@ -89,6 +89,17 @@ def predict(parser: argparse.ArgumentParser) -> None:
     rows(parser)
 
 
+def explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--text", required=True, help=_("the text; of tags, words between white space"))
+    parser.add_argument("--pair", help=_("the text that belongs to it; of a question, the text that holds the answer"))
+    parser.add_argument("--target", help=_("class that is asked about (default: the one the model says)"))
+    parser.add_argument("--word", type=int, help=_("whose tag is asked about, from 0 (default: the first that is not O)"))
+    parser.add_argument("--out", type=Path, help=_("HTML file to write, with the attention of each layer"))
+    parser.add_argument("--head", help=_("which of several tasks (eval without --data: each)"))
+    parser.add_argument("--overlong", choices=["error", "cut"], help=_("what becomes of a text that is too long"))
+
+
 def chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
     parser.add_argument("--system", help=_("what the model is told before anything else"))

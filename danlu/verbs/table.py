@@ -39,6 +39,7 @@ def verbs() -> dict[str, Verb]:
                          of.recipe, recipe=True, options=of.rehearse_options),
         "eval": Verb("danlu.verbs.eval", _("figures of a task, answers, perplexity, bits per byte, with intervals"), of.eval),
         "predict": Verb("danlu.verbs.predict", _("what a model of a task says of new rows"), of.predict),
+        "explain": Verb("danlu.verbs.explain", _("which tokens made a model of a task say what it says"), of.explain),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), of.generate),
         "chat": Verb("danlu.verbs.chat", _("talk with a model"), of.chat),
         "merge": Verb("danlu.verbs.merge", _("an adapter and its base as one model, compared"), of.merge),
