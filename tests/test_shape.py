@@ -13,6 +13,7 @@ FLOORS: dict[str, int] = {                               # the longest matching 
     "danlu.decode": 2, "danlu.parallel": 2, "danlu.evaluate": 3, "danlu.train": 3, "danlu.report": 3, "danlu.doctor": 3,
     "danlu.rehearse": 3,
     "danlu.migrate": 3, "danlu.tune": 3,
+    "danlu.serve": 3,
     "danlu.quickstart": 4, "danlu.verbs": 4, "danlu.cli": 4, "danlu.__main__": 4,
 }
 SIBLINGS = {                                             # arrows between rooms of one floor
@@ -21,6 +22,7 @@ SIBLINGS = {                                             # arrows between rooms 
     ("danlu.evaluate", "danlu.train"), ("danlu.train", "danlu.report"), ("danlu.__main__", "danlu.cli"),
     ("danlu.rehearse", "danlu.train"), ("danlu.migrate", "danlu.train"), ("danlu.tune", "danlu.train"),
     ("danlu.decode", "danlu.generate"), ("danlu.decode", "danlu.models"), ("danlu.decode", "danlu.adapt"),
+    ("danlu.serve", "danlu.evaluate"), ("danlu.serve", "danlu.train"),
     ("danlu.cli", "danlu.verbs"), ("danlu.quickstart", "danlu.verbs"),
 }
 PATH = ["__main__", "cli", "verbs/train", "train/run", "train/loop", "train/feed", "data/stream", "objectives/lm",

@@ -128,6 +128,42 @@ def generate(parser: argparse.ArgumentParser) -> None:
                         help=_("arithmetic of the model; int8 on a CPU"))
 
 
+def serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, nargs="?", help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH",
+                        help=_("also serve this adapter of the same base under NAME; may be repeated"))
+    parser.add_argument("--name", help=_("what the model is called (default: the folder's name)"))
+    parser.add_argument("--host", default="127.0.0.1", help=_("address to listen on; any but this machine's own needs keys"))
+    parser.add_argument("--port", type=int, default=8000, help=_("port to listen on; 0: a free one"))
+    parser.add_argument("--key-file", "--key_file", type=Path, help=_("file with one key a line, which only you can read"))
+    parser.add_argument("--allow-host", "--allow_host", action="append", default=[], metavar="NAME",
+                        help=_("a further name by which clients may call this server; may be repeated"))
+    parser.add_argument("--filter", action="append", default=[], metavar="FILE|RUN:LABEL",
+                        help=_("stop texts with words of a file, or that a classifier puts into a class; may be repeated"))
+    parser.add_argument("--filter-where", "--filter_where", default="both", choices=["both", "prompts", "answers"],
+                        help=_("what filters read"))
+    parser.add_argument("--filter-test", "--filter_test", type=Path, metavar="FILE",
+                        help=_("do not serve, but measure how often the filters stop texts of this file"))
+    parser.add_argument("--audit", type=Path, metavar="FILE", help=_("keep a log of requests, without their texts, that shows "
+                                                                     "whether it was changed"))
+    parser.add_argument("--check-audit", "--check_audit", type=Path, metavar="FILE",
+                        help=_("do not serve, but tell whether such a log was changed"))
+    parser.add_argument("--no-page", "--no_page", action="store_true", help=_("without the page for a browser"))
+    parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
+    parser.add_argument("--slots", type=int, help=_("texts that are continued at a time (default: 8)"))
+    parser.add_argument("--queue", type=int, help=_("texts that wait to be continued (default: 64)"))
+    parser.add_argument("--max-tokens", "--max_tokens", type=int, help=_("most new tokens of an answer (default: 1024)"))
+    parser.add_argument("--inputs", type=int, help=_("most texts of a request (default: 256)"))
+    parser.add_argument("--body", type=int, help=_("most bytes of a request (default: 1 MiB)"))
+    parser.add_argument("--requests", type=int, help=_("most requests under way (default: 256)"))
+    parser.add_argument("--connections", type=int, help=_("most open connections (default: 512)"))
+    parser.add_argument("--rate", type=float, help=_("most requests of a key in a minute (default: no limit)"))
+    parser.add_argument("--request-seconds", "--request_seconds", type=float, help=_("time for an answer (default: 120)"))
+    parser.add_argument("--drain-seconds", "--drain_seconds", type=float,
+                        help=_("time for answers under way, after the signal to stop (default: 30)"))
+
+
 def merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint, or an adapter's folder as PEFT writes it"))
     parser.add_argument("--out", type=Path, help=_("folder for the merged model (default: `merged` in the first)"))
