@@ -22,7 +22,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from danlu.errors import DanluError
+from danlu.decode import Batcher
+from danlu.errors import ConfigError, DanluError, DataError, ResourceError, TemporaryError
 from danlu.log import say
 from danlu.serve import openapi, page, score, write
 from danlu.serve.asked import Asked, Chat, Classes, Complete, Embeddings, Questions, Tags
@@ -34,7 +35,6 @@ from danlu.serve.keys import Keys, Sessions
 from danlu.serve.limits import Limits, Refused
 from danlu.serve.meters import TYPE, Meters
 from danlu.serve.served import Served, Shelf
-from danlu.serve.standin import Batcher
 from danlu.words import _
 
 Told = dict[str, Any]
@@ -101,7 +101,8 @@ def _misfit(error: ValidationError) -> Refused:
     """Return what is wrong with a body: of a field that may be one of several things, what it most nearly is."""
     found = error.errors(include_url=False, include_input=False)
     deepest = max(len(one["loc"]) for one in found)
-    near = [one for one in found if len(one["loc"]) == deepest] if found[0]["type"] not in ("extra_forbidden", "missing") else found
+    plain = found[0]["type"] in ("extra_forbidden", "missing")
+    near = found if plain else [one for one in found if len(one["loc"]) == deepest]
     told = []
     for one in near[:3]:
         field = ".".join(str(part) for part in one["loc"] if isinstance(part, int) or part.replace("_", "a").isalnum())
@@ -161,8 +162,7 @@ class Stream:
         except TimeoutError:
             await event(json.dumps(_late(self.seconds).record))
         except (DanluError, Refused) as error:
-            refused = error if isinstance(error, Refused) else Refused(500, error.what, kind="server_error")
-            await event(json.dumps(refused.record))
+            await event(json.dumps((error if isinstance(error, Refused) else _refused(error)).record))
         finally:
             await self.values.aclose()                   # type: ignore[attr-defined]
         await event("[DONE]", more=False)
@@ -208,9 +208,19 @@ def failed(request: Request, error: Exception) -> Response:
     if isinstance(error, Refused):
         return JSONResponse(error.record, error.status, headers=error.headers)
     if isinstance(error, DanluError):
-        return JSONResponse(Refused(400, error.what).record, 400)
+        refused = _refused(error)
+        return JSONResponse(refused.record, refused.status, headers=refused.headers)
     say("".join(traceback.format_exception(error)))
     return JSONResponse(Refused(500, "internal error", kind="server_error").record, 500)
+
+
+def _refused(error: DanluError) -> Refused:
+    """Return one of our errors as an answer: the client's fault, a shortage that passes, or ours."""
+    if isinstance(error, TemporaryError | ResourceError):
+        return Refused(503, error.what, kind="server_error", code="overloaded", retry=1)
+    if isinstance(error, ConfigError | DataError):
+        return Refused(400, error.what)
+    return Refused(500, error.what, kind="server_error")
 
 
 def _allowed(path: str) -> str:

@@ -160,8 +160,8 @@ class WordWatch:
                     continue
                 count += 1
                 self._step(one)
-            self.held.append((c, count))
             if self.hit is None:
+                self.held.append((c, count))
                 self._release(out)
         return "".join(out)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from danlu.data.tokenizer import Tokenizer
-from danlu.serve.standin import Logprob, Piece
+from danlu.decode import Logprob, Piece
 
 LEAST = -9999.0                                          # JSON has no -inf; this is what OpenAI writes for it
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from danlu.data import chat
 from danlu.data.example import Turn, Unusable
+from danlu.decode import Batcher, Full, Piece, Sampling, Ticket
 from danlu.errors import ConfigError, DataError
 from danlu.serve import filter as filters
 from danlu.serve.asked import Chat, Complete, Writing
@@ -20,7 +21,6 @@ from danlu.serve.limits import Limits, Refused, busy
 from danlu.serve.logprobs import of_chat, of_completion
 from danlu.serve.meters import Meters
 from danlu.serve.served import Served
-from danlu.serve.standin import Batcher, Full, Piece, Sampling, Ticket
 from danlu.words import _
 
 Told = dict[str, Any]

@@ -171,7 +171,7 @@ def test_bodies_that_are_too_large(at: At) -> None:
             yield b"a" * 65536
 
     assert httpx.post(f"{at.url}/v1/completions", content=parts()).status_code == 413
-    waits = raw(at, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n")
+    waits = raw(at, b"POST /v1/tag HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n")
     assert status(waits) == 413
 
 
@@ -225,7 +225,7 @@ def test_mute_connections_make_room(at: At) -> None:
 
 
 def test_lies_about_the_length(at: At) -> None:
-    lie = raw(at, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+    lie = raw(at, b"POST /v1/tag HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
               b'{"prompt": "x"}')
     assert status(lie) == 400
     assert status(raw(at, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n")) == 400

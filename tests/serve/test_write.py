@@ -105,8 +105,9 @@ def test_more_prompts_than_slots_are_all_answered(at: At, client: openai.OpenAI)
 
 
 def test_a_seed_repeats_and_stop_ends(at: At, client: openai.OpenAI) -> None:
-    texts = [client.completions.create(model="tiny", prompt="the furnace", temperature=1.5, seed=seed, max_tokens=20).choices[0].text
-             for seed in (3, 3, 4)]
+    hot: Any = {"model": "tiny", "prompt": "the furnace", "temperature": 1.5, "max_tokens": 20}
+    found = [client.completions.create(seed=seed, **hot) for seed in (3, 3, 4)]
+    texts = [one.choices[0].text for one in found]
     assert texts[0] == texts[1] != texts[2]
     greedy = client.completions.create(model="tiny", prompt="the furnace", temperature=0, max_tokens=20).choices[0].text
     mark = greedy[len(greedy) // 2:][:2]
@@ -182,6 +183,18 @@ def test_broken_bodies_are_the_clients_fault(at: At, body: bytes) -> None:
     answer = httpx.post(f"{at.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
     assert httpx.post(f"{at.url}/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+
+
+def test_an_answer_obeys_a_schema(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"heat": {"enum": ["low", "high"]}}, "required": ["heat"],
+              "additionalProperties": False}
+    asked: Any = {"type": "json_schema", "json_schema": {"name": "heat", "schema": schema}}
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES[1:], max_tokens=40, seed=1, response_format=asked)
+    assert json.loads(answer.choices[0].message.content or "")["heat"] in ("low", "high")
+    broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="tiny", messages=MESSAGES[1:], response_format=broken)
 
 
 def test_ignored_fields_are_told(at: At) -> None:
