@@ -290,7 +290,8 @@ def _plain(service: Service, draining: Callable[[], bool]) -> list[Route]:
         return Response(service.meters.text(), headers={"Content-Type": TYPE})
 
     async def described(request: Request) -> Response:
-        return JSONResponse(openapi.described({path: kind for path, (kind, _handler) in PATHS.items()}))
+        kinds = {path: kind for path, (kind, _handler) in PATHS.items()}
+        return JSONResponse(openapi.described(kinds, list(service.shelf.models)))
 
     return [Route("/v1/models", models), Route("/v1/models/{name}", model), Route("/health", health), Route("/ready", ready),
             Route("/metrics", metrics), Route("/openapi.json", described)]

@@ -88,6 +88,8 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that listens on host and port (0: a free one).  Raises ConfigError."""
+    if not 0 <= port < 1 << 16:                          # the resolver would take the rest of a division
+        raise ConfigError(_("there is no port {port}").format(port=port), where="--port", fix=_("choose one up to 65535"))
     try:
         family, _kind, _proto, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)

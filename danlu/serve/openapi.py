@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -29,14 +29,16 @@ PLAIN = {"/v1/models": ("The models that are served", ("object", "data")), "/hea
          "/ready": ("Whether requests are taken", ("status",))}
 
 
-def described(paths: Mapping[str, type[Asked]]) -> dict[str, Any]:
-    """Return the whole description."""
+def described(paths: Mapping[str, type[Asked]], names: Sequence[str]) -> dict[str, Any]:
+    """Return the whole description; names: of the models."""
     told, found = models_json_schema([(kind, "validation") for kind in dict.fromkeys(paths.values())], ref_template=REFS)
     schemas: dict[str, Any] = {**found["$defs"], "Error": {
         "type": "object", "required": ["error"], "properties": {"error": {
             "type": "object", "required": ["message", "type", "param", "code"], "properties": {
                 "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
                 "code": {"type": ["string", "null"]}}}}}}
+    for kind in paths.values():
+        schemas[kind.__name__]["properties"]["model"]["anyOf"] = [{"enum": list(names)}, {"type": "null"}]
     made = {path: {"post": _post(path, told[(kind, "validation")])} for path, kind in paths.items()}
     made |= {path: {"get": {"summary": summary, "responses": _responses(_object(keys), False, sorted({"401", "503", *_ALWAYS}))}}
              for path, (summary, keys) in PLAIN.items()}
@@ -61,7 +63,7 @@ def _object(keys: tuple[str, ...]) -> dict[str, Any]:
 def _responses(good: dict[str, Any], streams: bool, codes: list[str]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": good}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     error = {"application/json": {"schema": {"$ref": REFS.format(model="Error")}}}
     later = {"Retry-After": {"schema": {"type": "string"}}}
     return {"200": {"description": "the answer", "content": content}} | {

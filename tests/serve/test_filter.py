@@ -20,8 +20,8 @@ from tests.serve.at import CPU, serving
 LIST = Words(["bad word", "evil", "毒品", "a", "café", "c++"], "list")
 
 
-@pytest.mark.parametrize("text", ["evil", "so EVIL!", "ｅｖｉｌ", "e\u200bv\u00adil", "Évil", "a bad   word.", "bad\nword", "有毒品吗",
-                                  "毒\u200d品", "in a cafe", "use c++ now", "evil毒", "𝐞𝐯𝐢𝐥"])
+@pytest.mark.parametrize("text", ["evil", "so EVIL!", "ｅｖｉｌ", "e\u200bv\u00adil", "Évil", "a bad   word.", "bad\nword",
+                                  "有毒品吗", "毒\u200d品", "in a cafe", "use c++ now", "evil毒", "𝐞𝐯𝐢𝐥"])
 def test_what_is_found(text: str) -> None:
     assert judge([LIST], text) is not None
 

@@ -67,9 +67,9 @@ def test_sigterm_lets_answers_finish(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "code"), [
-    (["--host", "0.0.0.0"], 7), (["--host", "::"], 7), (["--key-file", "open"], 7), (["--key-file", "none"], 2), (["--slots", "0"], 2),
-    (["--adapter", "x"], 2), (["--adapter", "../x=run"], 2), (["--adapter", "x=model"], 2), (["--filter", "nothing"], 2),
-    (["--port", "99999"], 2)])
+    (["--host", "0.0.0.0"], 7), (["--host", "::"], 7), (["--key-file", "open"], 7), (["--key-file", "none"], 2),
+    (["--slots", "0"], 2), (["--adapter", "x"], 2), (["--adapter", "../x=run"], 2), (["--adapter", "x=model"], 2),
+    (["--filter", "nothing"], 2), (["--port", "99999"], 2)])
 def test_what_is_refused_at_the_start(folder: Path, tmp_path: Path, words: list[str], code: int,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -112,7 +112,8 @@ def test_adapters_are_chosen_by_name(folder: Path, tmp_path: Path) -> None:
         ids = at.shelf.first.subject.tokenizer.encode("the furnace").tolist()
         said = {}
         for name in listed:
-            answer = httpx.post(f"{at.url}/v1/completions", json={"model": name, "prompt": ids, "temperature": 0, "max_tokens": 12})
+            asked = {"model": name, "prompt": ids, "temperature": 0, "max_tokens": 12}
+            answer = httpx.post(f"{at.url}/v1/completions", json=asked)
             said[name] = answer.json()["choices"][0]["text"]
             one = at.shelf.models[name]
             alone: Any = adapters.load(one.subject.folder).eval()
