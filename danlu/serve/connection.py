@@ -21,69 +21,70 @@ FULL = (b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n
         b'{"error":{"message":"too many connections","type":"server_error","param":null,"code":"overloaded"}}')
 
 
-def protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP/1.1 with the limits: a class, because uvicorn makes one object of it for each connection."""
+class Bounded(H11Protocol):
+    """Ends connections whose headers do not come, and those whose client does not read."""
 
-    class Bounded(H11Protocol):
-        """Ends connections whose headers do not come, and those whose client does not read."""
+    limits = Limits()
+    unheard: asyncio.TimerHandle | None = None       # since the first byte of headers, or the beginning
+    unread: asyncio.TimerHandle | None = None        # since there is no more room for what is written
 
-        unheard: asyncio.TimerHandle | None = None       # since the first byte of headers, or the beginning
-        unread: asyncio.TimerHandle | None = None        # since there is no more room for what is written
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections and not self._made_room():
+            transport.write(FULL)
+            transport.close()
+            return
+        self.unheard = self.loop.call_later(self.limits.header_seconds, self._too_slow)
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections and not self._made_room():
-                transport.write(FULL)
-                transport.close()
-                return
-            self.unheard = self.loop.call_later(limits.header_seconds, self._too_slow)
+    def _made_room(self) -> bool:
+        """End the connection that has waited longest for its headers; those who ask properly are served."""
+        mute: list[Any] = [one for one in self.connections if one is not self and getattr(one, "unheard", None) is not None]
+        if not mute:
+            return False
+        min(mute, key=lambda one: one.unheard.when()).transport.abort()
+        return True
 
-        def _made_room(self) -> bool:
-            """End the connection that has waited longest for its headers; those who ask properly are served."""
-            mute: list[Any] = [one for one in self.connections if one is not self and getattr(one, "unheard", None) is not None]
-            if not mute:
-                return False
-            min(mute, key=lambda one: one.unheard.when()).transport.abort()
-            return True
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            waits = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-            if not waits and self.unheard is not None:
-                self.unheard.cancel()
-                self.unheard = None
-            elif waits and self.unheard is None:
-                self.unheard = self.loop.call_later(limits.header_seconds, self._too_slow)
-
-        def _too_slow(self) -> None:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waits = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        if not waits and self.unheard is not None:
+            self.unheard.cancel()
             self.unheard = None
-            if not self.transport.is_closing():
-                self.transport.abort()
+        elif waits and self.unheard is None:
+            self.unheard = self.loop.call_later(self.limits.header_seconds, self._too_slow)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self.unread = self.loop.call_later(limits.send_seconds, self.transport.abort)
+    def _too_slow(self) -> None:
+        self.unheard = None
+        if not self.transport.is_closing():
+            self.transport.abort()
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self.unread is not None:
-                self.unread.cancel()
-                self.unread = None
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(self.limits.send_seconds, self.transport.abort)
 
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            if self.transport.get_write_buffer_size():   # closing waits for a client that does not read
-                self.transport.abort()
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.unread is not None:
+            self.unread.cancel()
+            self.unread = None
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self.unheard, self.unread):
-                if timer is not None:
-                    timer.cancel()
-            super().connection_lost(exc)
-            if self.unread is not None:
-                self.unread.cancel()
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():   # closing waits for a client that does not read
+            self.transport.abort()
 
-    return Bounded
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self.unheard, self.unread):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+        if self.unread is not None:
+            self.unread.cancel()
+
+
+def protocol(limits: Limits) -> type[Bounded]:
+    """Return it with these limits: a class, because uvicorn makes one object of it for each connection."""
+    return type("Limited", (Bounded,), {"limits": limits})
 
 
 def bind(host: str, port: int) -> socket.socket:
