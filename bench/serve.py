@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 
 TEXTS = ["a gripping film with a fine cast and a story that never lets go", "dull",
-         "the second half is far too long , and it shows", "warm , funny and , in the end , quite moving", "i have seen worse , but not this year"]
+         "the second half is far too long , and it shows",
+         "warm , funny and , in the end , quite moving", "i have seen worse , but not this year"]
 
 
 @contextmanager
