@@ -24,6 +24,7 @@ import httpx
 TEXTS = ["a gripping film with a fine cast and a story that never lets go", "dull",
          "the second half is far too long , and it shows",
          "warm , funny and , in the end , quite moving", "i have seen worse , but not this year"]
+BODY = b"x" * (4 << 20)
 
 
 @contextmanager
@@ -43,17 +44,18 @@ async def asked(url: str, path: str, body: dict[str, Any], *, clients: int, seco
     statuses, times = Counter[int](), list[float]()
     until = time.perf_counter() + seconds
 
-    async def one() -> None:
-        async with httpx.AsyncClient(timeout=120) as client:
-            while time.perf_counter() < until:
-                began = time.perf_counter()
-                answer = await client.post(f"{url}/{path}", json=body)
-                statuses[answer.status_code] += 1
-                if answer.status_code == 200:
-                    times.append(time.perf_counter() - began)
-                await asyncio.sleep(pause if answer.status_code == 200 else float(answer.headers.get("retry-after", 1)))
+    async def one(client: httpx.AsyncClient) -> None:
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            answer = await client.post(f"{url}/{path}", json=body)
+            statuses[answer.status_code] += 1
+            if answer.status_code == 200:
+                times.append(time.perf_counter() - began)
+            await asyncio.sleep(pause if answer.status_code == 200 else float(answer.headers.get("retry-after", 1)))
 
-    await asyncio.gather(*(one() for _n in range(clients)))
+    most = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(timeout=120, limits=most) as client:        # one, because each makes a TLS context of its own
+        await asyncio.gather(*(one(client) for _n in range(clients)))
     ordered = sorted(times) or [float("nan")]
     return {"statuses": dict(statuses), "answers": len(times), "p50": statistics.median(ordered),
             "p99": ordered[int(0.99 * (len(ordered) - 1))]}
@@ -82,7 +84,7 @@ async def greedy(url: str, seconds: float) -> None:
     async with httpx.AsyncClient(timeout=60) as client:
         while time.perf_counter() < until:
             with suppress(httpx.TransportError):
-                await client.post(f"{url}/completions", content=b"x" * (4 << 20))
+                await client.post(f"{url}/completions", content=BODY)
             await asyncio.sleep(1.0)
 
 

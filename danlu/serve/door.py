@@ -31,7 +31,8 @@ HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 OPEN = frozenset({"/health", "/ready"})                  # say nothing that is worth a key
 DRAINING = OPEN | {"/metrics"}                           # still answered while the server ends
-SWALLOWED, SWALLOW_SECONDS = 8 << 20, 2.0                # of a body that is too large, so that its sender reads the refusal
+SWALLOWED, SWALLOW_SECONDS = 8 << 20, 2.0                # of a body that is too large, so that its sender reads the refusal, …
+SWALLOWS = 4                                             # … for so many at a time: others are closed on, and cost nothing
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"x-frame-options", b"DENY"), (b"cross-origin-resource-policy", b"same-origin"),
            (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"))
@@ -55,6 +56,7 @@ class Door:
         self.literal = literal                           # whether any address may stand in the Host header
         self.rate = Rate(limits.rate)
         self.under_way, self.draining = 0, False
+        self.swallows = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -145,7 +147,7 @@ class Door:
         large = Refused(413, _("the body has more than {n} bytes").format(n=limit), code="body_too_large", close=True)
         if int(named.get(b"content-length", b"0")) > limit:
             if named.get(b"expect", b"").lower() != b"100-continue":
-                await _swallow(receive)
+                await self._swallow(receive)
             raise large
         held = bytearray()
         try:
@@ -154,7 +156,7 @@ class Door:
                     held += message.get("body", b"")
                     if len(held) > limit:
                         held.clear()
-                        await _swallow(receive)
+                        await self._swallow(receive)
                         raise large
                     if not message.get("more_body", False):
                         return bytes(held)
@@ -162,6 +164,20 @@ class Door:
             raise Refused(408, _("the body was not there after {n:g} seconds").format(n=self.limits.body_seconds),
                           code="body_too_slow", close=True) from None
         raise Gone
+
+    async def _swallow(self, receive: Receive) -> None:
+        """Read and forget a body, up to a limit: a sender whose connection is closed while it writes never sees the answer."""
+        if self.swallows >= SWALLOWS:
+            return
+        left, self.swallows = SWALLOWED, self.swallows + 1
+        try:
+            async with asyncio.timeout(SWALLOW_SECONDS):
+                while left > 0 and (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                    left -= len(message.get("body", b""))
+        except TimeoutError:
+            return
+        finally:
+            self.swallows -= 1
 
     def _tell(self, scope: MutableMapping[str, Any], told: dict[str, Any], status: int | None, seconds: float) -> None:
         """Count the request, and write it into the audit log if it asked for anything."""
@@ -206,17 +222,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
-
-
-async def _swallow(receive: Receive) -> None:
-    """Read and forget a body, up to a limit: a sender whose connection is closed while it writes never sees the answer."""
-    left = SWALLOWED
-    try:
-        async with asyncio.timeout(SWALLOW_SECONDS):
-            while left > 0 and (message := await receive())["type"] == "http.request" and message.get("more_body", False):
-                left -= len(message.get("body", b""))
-    except TimeoutError:
-        return
 
 
 def _cookie(headers: list[tuple[bytes, bytes]], name: str) -> str:
