@@ -28,7 +28,7 @@ from danlu.words import DOMAIN, LOCALE, _
 
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "PyYAML", "rich")
 EXTRAS = {"parquet": "pyarrow", "zstd": "zstandard", "hub": "datasets", "report": "matplotlib",
-          "tensorboard": "tensorboard", "metrics": "sacrebleu", "tune": "optuna", "bnb": "bitsandbytes"}
+          "tensorboard": "tensorboard", "metrics": "sacrebleu", "serve": "starlette", "tune": "optuna", "bnb": "bitsandbytes"}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 RUNS = ("run.json", "manifest.json", "config.json")     # one of these makes a folder one of ours
@@ -180,7 +180,7 @@ def surroundings(here: Path) -> Iterator[Fact]:
 def exposed(here: Path) -> Iterator[Fact]:
     """Yield what others could reach: sockets of this process, what Danlu sends, files below `here` open to others."""
     listening = sockets()
-    yield Fact(_("network"), _("listening sockets"), listening or _("none: no verb listens"), not listening)
+    yield Fact(_("network"), _("listening sockets"), listening or _("none: only danlu serve listens"), not listening)
     yield Fact(_("network"), _("connections out"),
                _("only to read hf://… inputs that you name; nothing is reported to anyone"))
     yield Fact(_("code"), _("from data or weights"),

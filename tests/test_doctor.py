@@ -30,7 +30,7 @@ def test_it_tells_versions_speed_and_surroundings(tmp_path: Path, monkeypatch: p
     assert facts["speed", "matrix products, fp32"]["value"] == "100 GFLOP/s"
     assert str(facts["speed", "precision: auto"]["value"]).startswith("bf16: bf16 is 2.5 times")
     assert facts["files", str(tmp_path)]["good"] and {name for topic, name in facts if topic == "extras"} == {
-        "parquet", "zstd", "hub", "report", "tensorboard", "metrics", "tune", "bnb"}
+        "parquet", "zstd", "hub", "report", "tensorboard", "metrics", "tune", "bnb", "serve"}
     assert cli.main(["doctor"]) == 0 and "GFLOP/s" in capsys.readouterr().out
 
 

@@ -125,9 +125,13 @@ def objective_of(head: Head, where: str) -> Objective:
 def open_subject(path: Path) -> Subject:
     """Return the model of a run (its best checkpoint), of a checkpoint or of a Hugging Face folder."""
     folder = checkpoint.chosen(path)
+    return Subject(folder, Tokenizer.load(adapters.tokenizer_in(folder)), adapters.load(folder), recipe_of(folder))
+
+
+def recipe_of(folder: Path) -> Run | None:
+    """Return the recipe that the model in `folder` was trained by, None if it does not say."""
     manifest = next((f / "manifest.json" for f in (folder, folder.parent) if (f / "manifest.json").is_file()), None)
     told = files.read_json(manifest)["run"] if manifest is not None else None
     if told is not None and told.get("start") is not None:
         told = told | {"model": None}                    # filled in by the run, and beside it a recipe may not say it
-    recipe = config.validate(Run, told) if told is not None else None
-    return Subject(folder, Tokenizer.load(adapters.tokenizer_in(folder)), adapters.load(folder), recipe)
+    return config.validate(Run, told) if told is not None else None

@@ -124,6 +124,55 @@ def generate(parser: argparse.ArgumentParser) -> None:
                         help=_("above 1: tokens already there become less likely"))
     parser.add_argument("--stop", action="append", default=[], help=_("text that ends the answer; may be repeated"))
     parser.add_argument("--seed", type=int, default=0, help=_("same seed, same text"))
+    parser.add_argument("--n", type=int, default=1, help=_("so many answers, the seeds one after the other"))
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=1,
+                        help=_("the likeliest answer of a beam search so wide"))
+    parser.add_argument("--length-penalty", "--length_penalty", type=float, default=1.0,
+                        help=_("of a beam search: above 0 favours longer answers"))
+    parser.add_argument("--draft", type=Path,
+                        help=_("a small model with the same tokenizer that proposes tokens: faster, the same text"))
+    parser.add_argument("--schema", type=Path, help=_("a JSON schema that the answer obeys"))
+    parser.add_argument("--data", type=Path, help=_("JSON lines with a prompt each, answered many at a time"))
+    parser.add_argument("--out", type=Path, help=_("file for the answers to --data"))
+    parser.add_argument("--batch", type=int, default=16, help=_("answers written at a time"))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "int8"],
+                        help=_("arithmetic of the model; int8 on a CPU"))
+
+
+def serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, nargs="?", help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH",
+                        help=_("also serve this adapter of the same base under NAME; may be repeated"))
+    parser.add_argument("--name", help=_("what the model is called (default: the folder's name)"))
+    parser.add_argument("--host", default="127.0.0.1", help=_("address to listen on; any but this machine's own needs keys"))
+    parser.add_argument("--port", type=int, default=8000, help=_("port to listen on; 0: a free one"))
+    parser.add_argument("--key-file", "--key_file", type=Path, help=_("file with one key a line, which only you can read"))
+    parser.add_argument("--allow-host", "--allow_host", action="append", default=[], metavar="NAME",
+                        help=_("a further name by which clients may call this server; may be repeated"))
+    parser.add_argument("--filter", action="append", default=[], metavar="FILE|RUN:LABEL",
+                        help=_("stop texts with words of a file, or that a classifier puts into a class; may be repeated"))
+    parser.add_argument("--filter-where", "--filter_where", default="both", choices=["both", "prompts", "answers"],
+                        help=_("what filters read"))
+    parser.add_argument("--filter-test", "--filter_test", type=Path, metavar="FILE",
+                        help=_("do not serve, but measure how often the filters stop texts of this file"))
+    parser.add_argument("--audit", type=Path, metavar="FILE", help=_("keep a log of requests, without their texts, that shows "
+                                                                     "whether it was changed"))
+    parser.add_argument("--check-audit", "--check_audit", type=Path, metavar="FILE",
+                        help=_("do not serve, but tell whether such a log was changed"))
+    parser.add_argument("--no-page", "--no_page", action="store_true", help=_("without the page for a browser"))
+    parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
+    parser.add_argument("--slots", type=int, help=_("texts that are continued at a time (default: 8)"))
+    parser.add_argument("--queue", type=int, help=_("texts that wait to be continued (default: 64)"))
+    parser.add_argument("--max-tokens", "--max_tokens", type=int, help=_("most new tokens of an answer (default: 1024)"))
+    parser.add_argument("--inputs", type=int, help=_("most texts of a request (default: 256)"))
+    parser.add_argument("--body", type=int, help=_("most bytes of a request (default: 1 MiB)"))
+    parser.add_argument("--requests", type=int, help=_("most requests under way (default: 256)"))
+    parser.add_argument("--connections", type=int, help=_("most open connections (default: 512)"))
+    parser.add_argument("--rate", type=float, help=_("most requests of a key in a minute (default: no limit)"))
+    parser.add_argument("--request-seconds", "--request_seconds", type=float, help=_("time for an answer (default: 120)"))
+    parser.add_argument("--drain-seconds", "--drain_seconds", type=float,
+                        help=_("time for answers under way, after the signal to stop (default: 30)"))
 
 
 def merge(parser: argparse.ArgumentParser) -> None:

@@ -42,6 +42,7 @@ def verbs() -> dict[str, Verb]:
         "explain": Verb("danlu.verbs.explain", _("which tokens made a model of a task say what it says"), of.explain),
         "generate": Verb("danlu.verbs.generate", _("let a model write"), of.generate),
         "chat": Verb("danlu.verbs.chat", _("talk with a model"), of.chat),
+        "serve": Verb("danlu.verbs.serve", _("a model over HTTP: OpenAI's protocol, tasks, a page"), of.serve),
         "merge": Verb("danlu.verbs.merge", _("an adapter and its base as one model, compared"), of.merge),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), of.inspect),
         "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), of.report),
@@ -56,4 +57,4 @@ def verbs() -> dict[str, Verb]:
 
 
 ALIASES = {"preprocess": "prepare", "pretrain": "train", "pt": "train", "evaluate": "eval", "infer": "generate",
-           "merge-lora": "merge", "env": "doctor", "checkpoint": "ckpt"}
+           "merge-lora": "merge", "api": "serve", "deploy": "serve", "env": "doctor", "checkpoint": "ckpt"}

@@ -1,0 +1,134 @@
+"""Rows of tasks that wait at the same time are computed together, a fair share of each request in every batch.
+
+There is no artificial delay: while one batch is computed, the next gathers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from danlu.errors import ResourceError
+from danlu.evaluate import rows
+from danlu.evaluate.lines import Line
+from danlu.evaluate.tell import Said
+from danlu.serve.limits import busy
+from danlu.serve.meters import Meters
+from danlu.words import _
+
+TOGETHER = 64                                            # rows of a batch: those behind it wait no longer than for so many
+
+
+class _Waiting:
+    """A request: the lines that are not yet computed, and what was said of the others."""
+
+    def __init__(self, task: rows.Task, lines: Sequence[Line], done: asyncio.Future[list[list[Said]]],
+                 loop: asyncio.AbstractEventLoop) -> None:
+        self.task, self.done, self.loop = task, done, loop
+        self.left = deque(enumerate(lines))
+        self.said: list[list[Said] | None] = [None] * len(lines)
+        self.missing = len(lines)
+        self.gone = False
+
+
+class Gather:
+    """One thread that computes rows for all who ask."""
+
+    def __init__(self, *, most: int, meters: Meters) -> None:
+        self.most, self.meters = most, meters
+        self.waiting: deque[_Waiting] = deque()
+        self.count, self.closed = 0, False
+        self.ready = threading.Condition()
+        self.thread = threading.Thread(target=self._run, name="danlu-rows", daemon=True)
+        self.thread.start()
+
+    async def said(self, task: rows.Task, lines: Sequence[Line]) -> list[list[Said]]:
+        """Return what the task's head gives for each row of each line.  Raises Refused if too many wait.
+
+        If the caller is cancelled, what is not yet computed never is.
+        """
+        loop = asyncio.get_running_loop()
+        one = _Waiting(task, lines, loop.create_future(), loop)
+        with self.ready:
+            if self.closed or self.count + len(lines) > self.most:
+                raise busy(_("{n} rows wait already; come again later").format(n=self.count))
+            self.waiting.append(one)
+            self.count += len(lines)
+            self.meters.waiting.set(self.count)
+            self.ready.notify()
+        try:
+            return await one.done
+        finally:
+            one.gone = True
+
+    def close(self) -> None:
+        """End the thread after the batch that it computes."""
+        with self.ready:
+            self.closed = True
+            self.ready.notify()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self.ready:
+                while not self.waiting and not self.closed:
+                    self.ready.wait()
+                if self.closed:
+                    return
+                batch = self._next()
+            if batch:
+                self.meters.batch.observe(len(batch))
+                self._compute(batch)
+
+    def _next(self) -> list[tuple[_Waiting, int, Line]]:
+        """Take a line of each request in turn, of those that ask for the same as the first."""
+        batch: list[tuple[_Waiting, int, Line]] = []
+        for one in [one for one in self.waiting if one.gone]:
+            self.waiting.remove(one)
+            self.count -= len(one.left)
+        mine = [one for one in self.waiting if one.task is self.waiting[0].task] if self.waiting else []
+        while mine and len(batch) < TOGETHER:
+            for one in list(mine):
+                number, line = one.left.popleft()
+                batch.append((one, number, line))
+                if not one.left:
+                    mine.remove(one)
+                    self.waiting.remove(one)
+                if len(batch) == TOGETHER:
+                    break
+        if self.waiting:
+            self.waiting.rotate(-1)                      # a long request, or another task, lets the next one be first
+        self.count -= len(batch)
+        self.meters.waiting.set(self.count)
+        return batch
+
+    def _compute(self, batch: list[tuple[_Waiting, int, Line]]) -> None:
+        try:
+            found = [said for _line, said in rows.answered(batch[0][0].task, [line for _one, _number, line in batch])]
+        except Exception as error:                       # the thread outlives a batch that cannot be computed
+            problem = ResourceError(str(error)) if isinstance(error, MemoryError) else error
+            for one in {id(one): one for one, _number, _line in batch}.values():
+                self._end(one, problem)
+            return
+        for (one, number, _line), said in zip(batch, found, strict=True):
+            one.said[number] = said
+            one.missing -= 1
+            if not one.missing:
+                self._end(one, None)
+
+    def _end(self, one: _Waiting, problem: Exception | None) -> None:
+        one.gone = True
+
+        def tell() -> None:
+            if one.done.done():
+                return
+            if problem is not None:
+                one.done.set_exception(problem)
+            else:
+                said: Any = one.said
+                one.done.set_result(said)
+
+        one.loop.call_soon_threadsafe(tell)
