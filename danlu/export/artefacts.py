@@ -15,12 +15,13 @@ import torch
 from danlu import files
 from danlu.adapt import folder as adapters
 from danlu.data import chat
+from danlu.data.example import Turn
 from danlu.data.shards import Shards, read_manifest
-from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, DataError
 from danlu.evaluate.subject import Subject, open_subject
 from danlu.evaluate.written import template_of
 from danlu.export.beside import Beside
+from danlu.export.parity import Artefact
 from danlu.generate import writes
 from danlu.words import _
 
@@ -166,30 +167,37 @@ def rows_of_texts(subject: Subject, texts: Sequence[str], *, tokens: int = TOKEN
     return found
 
 
-def read_rows(path: Path, subject: Subject, *, rows: int | None = None, tokens: int = TOKENS
+def read_rows(path: Path, first: Artefact, *, rows: int | None = None, tokens: int = TOKENS
               ) -> tuple[list[list[int]], list[str], list[list[dict[str, str]]]]:
-    """Return rows of ids, texts and conversations of a JSON lines file of {"ids"}, {"text"} or {"messages"}.  DataError."""
+    """Return rows of ids, texts and conversations of a JSON lines file of {"ids"}, {"text"} or {"messages"}.  DataError.
+
+    Ids are made as the first of two artefacts makes them, cut to `tokens`.
+    """
     ids, texts, dialogues = list[list[int]](), list[str](), list[list[dict[str, str]]]()
-    template = template_of(subject) if writes(subject.model) else None
     if not path.is_file():
         raise ConfigError(_("there is no such file"), where=str(path))
     for number, line in enumerate(files.read_lines(path)):
         if rows is not None and len(ids) >= rows:
             break
         if isinstance(line.get("ids"), list):
-            ids.append([int(i) for i in line["ids"]][: subject.cfg.context])
-        elif isinstance(line.get("messages"), list) and template is not None:
+            ids.append([int(i) for i in line["ids"]])
+        elif isinstance(line.get("messages"), list):
             dialogues.append([{"role": str(m["role"]), "content": str(m["content"])} for m in line["messages"]])
-            turns = [chat.Turn(m["role"], m["content"]) for m in dialogues[-1]]
-            ids.append(chat.encode(chat.render(template, turns), subject.tokenizer)[0].tolist()[:tokens])
+            ids += _prompted(first, dialogues[-1], tokens)
         elif isinstance(line.get("text"), str):
             texts.append(line["text"])
-            ids += rows_of_texts(subject, [line["text"]], tokens=tokens)
+            ids += rows_of_texts(first.subject, [line["text"]], tokens=tokens) if isinstance(first, Danlu) else [
+                found[:tokens] for found in [first.encode(line["text"])] if found]
         else:
             raise DataError(_("a row must have ids, text or messages"), where=f"{path}:{number + 1}")
     return ids, texts, dialogues
 
 
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """Return the tokenizer of a model's folder, or of an adapter's base."""
-    return Tokenizer.load(adapters.tokenizer_in(folder))
+def _prompted(first: Artefact, said: Sequence[Mapping[str, str]], tokens: int) -> list[list[int]]:
+    """Return a conversation as a row of ids; none of an artefact without a template."""
+    if isinstance(first, Danlu) and first.text.template is not None:
+        turns = [Turn(one["role"], one["content"]) for one in said]
+        return [chat.encode(chat.render(first.text.template, turns), first.subject.tokenizer)[0].tolist()[:tokens]]
+    text = first.render(said)
+    found = None if text is None else first.encode(text)
+    return [found[:tokens]] if found else []

@@ -53,4 +53,12 @@ class Beside:
         """Return the ids that end an answer."""
         if self.tokenizer is None or self.template is None:
             return None
-        return frozenset(endings(self.template, self.tokenizer))
+        return frozenset(stops(self.template, self.tokenizer))
+
+
+def stops(template: chat.Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer; of a template that says none, eos alone, if there is one."""
+    try:
+        return endings(template, tokenizer)
+    except DataError:
+        return () if tokenizer.special.eos is None else (tokenizer.special.eos,)

@@ -30,6 +30,8 @@ def card(subject: Subject, *, library: str) -> str:
     if state.is_file():
         told = files.read_json(state)
         facts.append(f"- step {told['global_step']}")
+    if library == "peft" and writes(subject.model):
+        facts.append("- stops at the ids of `generation_config.json`; PEFT does not read it, so pass it to `generate`")
     return "\n".join([*front, "", f"# {subject.folder.parent.name}", "", *facts, "",
                       "`parity.json` says how this folder was compared with the model it was made from, and the hash of each of "
                       "its files; `danlu verify` checks them, `danlu lineage` walks back to the data.", ""])

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from danlu import files
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.evaluate.subject import Subject
-from danlu.export import artefacts, parity
+from danlu.export import artefacts, parity, table
 from danlu.export.parity import Artefact, Limits, Report
 from danlu.export.table import EXPORTERS, Options
 from danlu.export.texts import TEXTS
 from danlu.words import _
+
+
+def place(word: str) -> Path:
+    """Return the path in what a user calls an artefact: PATH, or KIND:PATH."""
+    kind, colon, rest = word.partition(":")
+    return Path(rest) if colon and kind in ("danlu", *EXPORTERS) and not Path(word).exists() else Path(word)
+
+
+def opened(word: str) -> Artefact:
+    """Return the artefact that a user calls PATH, in its own runtime, or KIND:PATH, in that of the kind (danlu: Danlu)."""
+    path = place(word)
+    kind = None if Path(word) == path else word.partition(":")[0]
+    found = None if kind == "danlu" else table.opened(path, kind)
+    return artefacts.opened(path) if found is None else found
+
+
+def rows_of(artefact: Artefact, *, rows: int = artefacts.ROWS) -> list[list[int]]:
+    """Return rows to compare on, by the first of two artefacts: its run's held-out ones where it has a run."""
+    if isinstance(artefact, artefacts.Danlu):
+        return rows_for(artefact.subject, rows=rows)
+    found = (artefact.encode(text) for text in TEXTS)
+    return [ids[: artefacts.TOKENS] for ids in found if ids][:rows]
 
 
 def rows_for(subject: Subject, *, rows: int = artefacts.ROWS) -> list[list[int]]:
@@ -28,10 +50,11 @@ def limits_for(artefact: Artefact, folder: Path, *, dtype: str | None = None) ->
 
 
 def export(subject: Subject, to: str, out: Path, *, options: Options, rows: Sequence[Sequence[int]],
-           limits: Limits | None = None) -> Report:
+           allowed: Callable[[Limits], Limits] = lambda usual: usual) -> Report:
     """Write the subject to the new folder `out` as the exporter `to` does, and return how it compares.
 
-    A red one becomes OUT.red, with its parity.json, and IncompatibleError is raised; what cannot be opened leaves nothing.
+    allowed: what may differ, from what usually may.  A red one becomes OUT.red, with its parity.json, and IncompatibleError is
+    raised; what cannot be opened leaves nothing.
     """
     if out.exists():
         raise ConfigError(_("the folder exists already"), where=str(out), fix=_("choose another name, or remove it"))
@@ -42,8 +65,8 @@ def export(subject: Subject, to: str, out: Path, *, options: Options, rows: Sequ
     try:
         EXPORTERS[to].write(subject, folder, options)
         made = EXPORTERS[to].open(folder)
-        allowed = limits or limits_for(made, folder, dtype=options.dtype)
-        report = parity.compare(artefacts.Danlu(subject), made, rows, TEXTS, limits=allowed)
+        report = parity.compare(artefacts.Danlu(subject), made, rows, TEXTS,
+                                limits=allowed(limits_for(made, folder, dtype=options.dtype)))
         parity.write(report, folder, source=subject.folder)
         files.fsync_dir(folder)
         there = out if report.green else out.with_name(f"{out.name}.red")

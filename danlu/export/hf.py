@@ -12,10 +12,11 @@ from danlu.errors import ConfigError
 from danlu.evaluate.subject import Subject
 from danlu.evaluate.written import template_of
 from danlu.export import artefacts
+from danlu.export.beside import stops
 from danlu.export.card import card
 from danlu.export.parity import Artefact
 from danlu.export.theirs import Transformers, installed
-from danlu.generate import endings, writes
+from danlu.generate import writes
 from danlu.log import say
 from danlu.models import weights
 from danlu.words import _
@@ -46,9 +47,10 @@ def write(subject: Subject, folder: Path, options: Options) -> None:
         template = template_of(subject)
         if artefacts.templated(subject):
             template.save(folder)
-        stops = list(endings(template, subject.tokenizer))
+        ids = stops(template, subject.tokenizer)
         told = files.read_json(folder / "generation_config.json")
-        files.write_json(folder / "generation_config.json", told | {"eos_token_id": stops[0] if len(stops) == 1 else stops or None})
+        files.write_json(folder / "generation_config.json", told | {
+            "eos_token_id": ids[0] if len(ids) == 1 else list(ids) or None})
     files.write_text(folder / "README.md", card(subject, library="transformers"))
 
 

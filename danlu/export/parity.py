@@ -17,8 +17,9 @@ import danlu
 from danlu import files
 from danlu.config import Model
 from danlu.errors import DanluError
-from danlu.export.told import Profile, causes
 from danlu.export.texts import DIALOGUES
+from danlu.export.told import Profile, causes
+from danlu.train import receipt
 from danlu.words import _
 
 FILE = "parity.json"
@@ -72,7 +73,7 @@ class Limits(Model):
 
     difference: float | None = Field(1e-3, ge=0)     # of any logit, in standard deviations of the first artefact's logits
     kl: float | None = Field(None, ge=0)             # mean over positions, nats
-    top1: float | None = Field(1.0, ge=0, le=1)      # share of positions with the same likeliest, ties within `difference` left out
+    top1: float | None = Field(1.0, ge=0, le=1)      # share of positions with the same likeliest, ties within `difference` apart
     greedy: bool = True                              # whether continuations must be equal, such ties left out
 
 
@@ -89,7 +90,7 @@ def limits_of(kind: str, *, dtype: str = "fp32", bits: int = 8) -> Limits:
     return ROUNDED.get(dtype, EXACT)
 
 
-State = Literal["green", "red", "not compared"]
+State = Literal["green", "red", "shown", "not compared"]
 
 
 class Check(NamedTuple):
@@ -137,22 +138,29 @@ def compare(a: Artefact, b: Artefact, rows: Sequence[Sequence[int]], texts: Sequ
 
     What one of the two has no word for is not compared, and the report says so.
     """
-    rows = [list(row) for row in rows if len(row)]
+    given = [list(row) for row in rows if len(row)]
     checks = list[Check]()
     profile = Profile()
-    if rows:
-        checks += _logits(a, b, rows, limits, profile)
+    if given:
+        checks += _logits(a, b, given, limits, profile)
     else:
         checks.append(Check("logits", "not compared", told=_("there are no rows")))
     checks += [_ids(a, b, texts), _back(a, b, texts), _prompts(a, b, dialogues), _ends(a, b), _labels(a, b)]
     red = frozenset(c.name for c in checks if c.state == "red")
-    return Report((a.name, a.kind), (b.name, b.kind), tuple(checks), causes(red, profile), len(rows), sum(map(len, rows)),
-                  len(texts), files.digest([rows, list(texts), [list(map(dict, d)) for d in dialogues]]))
+    return Report((a.name, a.kind), (b.name, b.kind), tuple(checks), causes(red, profile), len(given), sum(map(len, given)),
+                  len(texts), files.digest([given, list(texts), [list(map(dict, d)) for d in dialogues]]))
 
 
 def _logits(a: Artefact, b: Artefact, rows: list[list[int]], limits: Limits, profile: Profile) -> list[Check]:
     """Compare what is said of rows, number by number and as distributions, then what follows them."""
-    said = [(Said(row, a.logits(row)), Said(row, b.logits(row))) for row in rows]
+    said = list[tuple[Said, Said]]()
+    for row in rows:
+        mine = a.logits(row)
+        try:
+            said.append((Said(row, mine), Said(row, b.logits(row))))
+        except Exception as error:                           # every runtime has classes of its own for an id it does not know
+            return [Check("logits", "red", told=_("a row of {n} ids cannot be read: {why}").format(
+                n=len(row), why=str(error).splitlines()[0][:80] if str(error) else type(error).__name__))]
     for one, other in said:
         if one.logits.shape != other.logits.shape:
             return [Check("shape", "red", told=_("{a} here, {b} there").format(a=one.logits.shape, b=other.logits.shape))]
@@ -179,8 +187,7 @@ def _judged(name: str, value: float, limit: float | None, told: str = "") -> Che
     """Return a check that is green where value ≤ limit; what is no number is red."""
     if not np.isfinite(value):
         return Check(name, "red", None, limit, _("not a number"))
-    return Check(name, "not compared" if limit is None else "green" if value <= limit else "red", value, limit,
-                 told or ("" if limit is not None else _("shown only")))
+    return Check(name, "shown" if limit is None else "green" if value <= limit else "red", value, limit, told)
 
 
 def _kl(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -202,7 +209,7 @@ def _top1(first: np.ndarray, second: np.ndarray, tie: float, limits: Limits) -> 
         at = int(np.flatnonzero(wrong)[0])
         told = _("first at position {at}: {a} and {b}, margin {margin:.3g}").format(
             at=at, a=int(best[at]), b=int(other[at]), margin=float(margin[at]))
-    state: State = "not compared" if limits.top1 is None else "green" if share >= limits.top1 else "red"
+    state: State = "shown" if limits.top1 is None else "green" if share >= limits.top1 else "red"
     return Check("top-1", state, share, limits.top1, told)
 
 
@@ -224,14 +231,15 @@ def _greedy(a: Artefact, b: Artefact, rows: list[list[int]], tie: float, limits:
             best, other = int(mine.argmax()), int(theirs.argmax())
             if best != other:
                 margin = float(mine[best] - mine[other])
-                state: State = "green" if margin <= tie else "red" if limits.greedy else "not compared"
+                state: State = "green" if margin <= tie else "red" if limits.greedy else "shown"
                 return Check("greedy", state, float(number), None, _("new token {n}: {a} here and {b} there, margin {m:.3g}{tie}")
                              .format(n=number + 1, a=best, b=other, m=margin, tie=_(", a tie") if margin <= tie else ""))
             read = [*read, best]
             written += 1
             if best in ends:
                 break
-    return Check("greedy", "green" if written else "not compared", float(written), None, _("{n} tokens, all equal").format(n=written))
+    return Check("greedy", "green" if written else "not compared", float(written), None,
+                 _("{n} tokens, all equal").format(n=written))
 
 
 def _look(a: Artefact, b: Artefact, said: list[tuple[Said, Said]], allowed: float, profile: Profile) -> None:
@@ -342,16 +350,11 @@ def _labels(a: Artefact, b: Artefact) -> Check:
 
 
 def write(report: Report, folder: Path, *, source: Path | None = None) -> None:
-    """Write parity.json into the artefact's folder: the report, the hash of every file, and of the weights in `source`.
+    """Write parity.json into the artefact's folder: the report, the hash of every file, and of what it was made from.
 
-    What it was made from is told by the hash of its content, so that `danlu lineage` finds it wherever it is.
+    source: the folder with the weights it was made from.  It is told by the hash of its content, for `danlu lineage`.
     """
     made = {p.relative_to(folder).as_posix(): files.sha256(p) for p in sorted(folder.rglob("*"))
             if p.is_file() and p.name != FILE and not p.name.startswith(".")}
-    told = {} if source is None else {"source": {"path": str(source.resolve()), "sha256": {
-        p.name: files.sha256(p) for p in sorted(source.iterdir()) if p.is_file() and p.name not in UNTOLD}}}
-    files.write_json(folder / FILE, report.record() | told | {
+    files.write_json(folder / FILE, report.record() | ({} if source is None else {"source": receipt.stamp(source)}) | {
         "files": made, "danlu": danlu.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-
-
-UNTOLD = ("optimizer.safetensors", "trainer_state.json", "manifest.json", FILE)      # of a source: not what the artefact is made of

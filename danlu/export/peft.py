@@ -11,10 +11,13 @@ from danlu.adapt import folder as adapters
 from danlu.adapt.peft import TYPES
 from danlu.errors import ConfigError
 from danlu.evaluate.subject import Subject
+from danlu.evaluate.written import template_of
 from danlu.export import artefacts
+from danlu.export.beside import stops
 from danlu.export.card import card
 from danlu.export.parity import Artefact
-from danlu.export.theirs import installed, with_adapter
+from danlu.export.theirs import GENERATION, installed, with_adapter
+from danlu.generate import writes
 from danlu.log import say
 from danlu.models import weights
 from danlu.words import _
@@ -36,6 +39,10 @@ def write(subject: Subject, folder: Path, options: Options) -> None:
             shutil.copyfile(subject.folder / name, folder / name)
             files.flush(folder / name)
     weights.copy_tokenizer(adapters.tokenizer_in(subject.folder), folder)
+    if writes(subject.model):
+        files.write_json(folder / GENERATION, {"eos_token_id": list(stops(template_of(subject), subject.tokenizer)) or None})
+        if artefacts.templated(subject):
+            template_of(subject).save(folder)
     files.write_text(folder / "README.md", card(subject, library="peft"))
 
 

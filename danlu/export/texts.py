@@ -4,7 +4,8 @@ from __future__ import annotations
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "It's 3.14159 % of $1,000,000 — isn't it?", "ALL CAPS, CamelCase, snake_case",
-    "今天天气很好，我们去公园散步吧。", "炼丹需要耐心：第1步，准备数据；第2步，训练。", "中英 mixed 文本 with numbers 2024年", "繁體字與「引號」",
+    "今天天气很好，我们去公园散步吧。",
+    "炼丹需要耐心：第1步，准备数据；第2步，训练。", "中英 mixed 文本 with numbers 2024年", "繁體字與「引號」",
     "😀", "👩‍👩‍👧‍👦 and 🇨🇳🏳️‍🌈", "café naïve e\u0301 ﬁ ﬀ",
     " leading", "trailing ", "  two  spaces  ", "\ttab\t", "\nline\n", "a\n\nb\r\nc\n", " ", "\n", "",
     "\u3000全角空格\u3000", "a\u00a0b\u200bc", "x" * 40, "1234567890" * 4,

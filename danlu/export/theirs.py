@@ -23,8 +23,9 @@ from danlu.words import _
 CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM", "ForMaskedLM": "AutoModelForMaskedLM",
            "ForSequenceClassification": "AutoModelForSequenceClassification", "ForPreTraining": "AutoModelForPreTraining",
            "ForTokenClassification": "AutoModelForTokenClassification", "ForMultipleChoice": "AutoModelForMultipleChoice",
-           "ForQuestionAnswering": "AutoModelForQuestionAnswering", "ForNextSentencePrediction": "AutoModelForNextSentencePrediction",
-           "Model": "AutoModel"}
+           "ForQuestionAnswering": "AutoModelForQuestionAnswering", "Model": "AutoModel",
+           "ForNextSentencePrediction": "AutoModelForNextSentencePrediction"}
+GENERATION = "generation_config.json"
 TASKS = {"classify": "AutoModelForSequenceClassification", "tag": "AutoModelForTokenClassification",
          "answer": "AutoModelForQuestionAnswering", "choose": "AutoModelForMultipleChoice", "embed": "AutoModel"}
 
@@ -52,6 +53,7 @@ class Transformers:
         import transformers
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         told = weights.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         self.folder, self.name = folder, f"{folder.name} (transformers {transformers.__version__})"
         self.kind = "quantized" if "quantization_config" in told else kind
@@ -68,8 +70,8 @@ class Transformers:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what is said of one row: [T, V], [K], [T, K], [T, 2] of an answer, [D] of a text's vector, of length 1."""
         row = torch.tensor([list(ids)])
-        chooses = type(self.model).__name__.endswith("ForMultipleChoice")
-        out = self.model(input_ids=row[:, None] if chooses else row, attention_mask=torch.ones_like(row[:, None] if chooses else row))
+        given = row[:, None] if type(self.model).__name__.endswith("ForMultipleChoice") else row
+        out = self.model(input_ids=given, attention_mask=torch.ones_like(given))
         if "start_logits" in out:
             said = torch.stack([out["start_logits"][0], out["end_logits"][0]], -1)
         elif self.embeds:
@@ -95,8 +97,9 @@ class Transformers:
         """Return a conversation as `apply_chat_template` writes it."""
         if self.tokenizer is None or not self.writes or not self.tokenizer.chat_template:
             return None
+        said = [dict(one) for one in messages]
         try:
-            return str(self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
+            return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
         except Exception as error:                           # a template may raise what it likes
             raise DataError(str(error), where=str(self.folder)) from None
 
@@ -105,7 +108,6 @@ class Transformers:
         if not self.writes:
             return None
         told = self.model.generation_config.eos_token_id
-        told = self.model.config.eos_token_id if told is None else told
         return frozenset([] if told is None else [told] if isinstance(told, int) else told)
 
     def labels(self) -> tuple[str, ...] | None:
@@ -118,7 +120,6 @@ class Transformers:
 
 def _model(folder: Path, told: Mapping[str, Any]) -> Any:
     """Return the model of a folder in transformers, in float32."""
-    import transformers
 
     architecture = next(iter(told.get("architectures") or ()), "")
     auto = next((name for end, name in CLASSES.items() if str(architecture).endswith(end)), None)
@@ -146,7 +147,8 @@ def loaded(folder: Path, auto: str, *, complete: bool = True, **more: Any) -> An
                                 where=str(folder)) from None
     lost = sorted(found["missing_keys"]) if complete else []
     if lost:
-        raise IncompatibleError(_("transformers finds no tensor for {names}").format(names=", ".join(lost[:3])), where=str(folder))
+        raise IncompatibleError(_("transformers finds no tensor for {names}").format(names=", ".join(lost[:3])),
+                                where=str(folder))
     return model
 
 
@@ -154,6 +156,7 @@ def with_adapter(folder: Path) -> Transformers:
     """Return the adapter in `folder` on its base, as `peft` puts it there.  ConfigError for a kind that PEFT has not."""
     require("transformers", "peft")
     import peft
+    import transformers
 
     opened = adapters.describe(folder)
     if opened.adapt.kind not in TYPES:
@@ -169,5 +172,7 @@ def with_adapter(folder: Path) -> Transformers:
     found = Transformers(folder, model=model, tokenizer=adapters.tokenizer_in(folder), kind="peft",
                          embeds=bool(tasks) and tasks[0].kind == "embed")
     found.writes = not tasks and bool(base.can_generate())
+    if (folder / GENERATION).is_file():                      # PEFT has no place for it: whoever generates passes it on
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     found.name = f"{folder.name} (peft {peft.__version__})"
     return found

@@ -12,6 +12,8 @@ import torch
 
 import danlu
 from danlu import config, files
+from danlu.adapt import folder as adapters
+from danlu.models import weights
 from danlu.parallel import launched
 from danlu.train.recipe import Run
 from danlu.words import _
@@ -60,6 +62,22 @@ def elsewhere(then: dict[str, Any]) -> list[str]:
     """Return what of versions, device and threads is not as a manifest tells, as text; hashes by their beginning."""
     now = {name: str(value)[:24] for name, value in machine().items()}
     return differences({name: str(then.get(name))[:24] for name in now}, now)
+
+
+STAMPED = ("config.json", "generation_config.json", "manifest.json", "parity.json", adapters.OURS, *weights.TOKENIZER_FILES)
+
+
+def stamp(folder: Path) -> dict[str, Any]:
+    """Return what stands for a folder of weights in receipts: where it is, and the hash of every file that makes the model.
+
+    Of averaged weights (a checkpoint's `ema`) the manifest beside them is told, too, as ../manifest.json.
+    """
+    found = adapters.Base.of(folder)
+    told = {name: files.sha256(folder / name) for name in STAMPED if (folder / name).is_file()}
+    above = folder.parent / "manifest.json"
+    if folder.name == "ema" and above.is_file():
+        told["../manifest.json"] = files.sha256(above)
+    return {"path": str(found.folder), "sha256": {**found.sha256, **told}}
 
 
 def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, parameters: int, choice: dict[str, str],

@@ -123,6 +123,27 @@ def merge(parser: argparse.ArgumentParser) -> None:
                         help=_("largest difference allowed, as a share of the largest number said (default: by dtype)"))
 
 
+def parity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help=_("run folder, checkpoint, or any exported folder; danlu:PATH, hf:PATH … say what opens it"))
+    parser.add_argument("b", help=_("what is compared with it"))
+    parser.add_argument("--data", type=Path, help=_("JSON lines with text, messages or ids (default: what the run held out)"))
+    compared(parser)
+
+
+def compared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, help=_("most rows to compare on (default: 8)"))
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
+                        help=_("what may differ: difference, kl, top1, greedy; may be repeated (default: by the kind)"))
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--to", required=True, choices=["hf", "peft"], help=_("what is written"))
+    parser.add_argument("--out", type=Path, required=True, help=_("new folder to write"))
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: as they are)"))
+    compared(parser)
+
+
 def inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help=_("prepared folder"))
     parser.add_argument("--row", type=int, default=0, help=_("number of the row"))

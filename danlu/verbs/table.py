@@ -42,6 +42,8 @@ def verbs() -> dict[str, Verb]:
         "generate": Verb("danlu.verbs.generate", _("let a model write"), of.generate),
         "chat": Verb("danlu.verbs.chat", _("talk with a model"), of.chat),
         "merge": Verb("danlu.verbs.merge", _("an adapter and its base as one model, compared"), of.merge),
+        "export": Verb("danlu.verbs.export", _("a model for other runtimes, opened there again and compared"), of.export),
+        "parity": Verb("danlu.verbs.parity", _("whether two artefacts say the same"), of.parity),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), of.inspect),
         "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), of.report),
         "ckpt": Verb("danlu.verbs.ckpt", _("list, verify or hash checkpoints"), of.ckpt),
