@@ -356,5 +356,6 @@ def write(report: Report, folder: Path, *, source: Path | None = None) -> None:
     """
     made = {p.relative_to(folder).as_posix(): files.sha256(p) for p in sorted(folder.rglob("*"))
             if p.is_file() and p.name != FILE and not p.name.startswith(".")}
-    files.write_json(folder / FILE, report.record() | ({} if source is None else {"source": receipt.stamp(source)}) | {
-        "files": made, "danlu": danlu.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    content = report.record() | ({} if source is None else {"source": receipt.stamp(source)}) | {
+        "files": made, "danlu": danlu.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    files.write_json(folder / FILE, content | {"fingerprint": files.digest(content)})

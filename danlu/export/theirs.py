@@ -146,6 +146,7 @@ def loaded(folder: Path, auto: str, *, complete: bool = True, **more: Any) -> An
         raise IncompatibleError(_("transformers cannot open it: {why}").format(why=str(error).splitlines()[0]),
                                 where=str(folder)) from None
     lost = sorted(found["missing_keys"]) if complete else []
+    lost = [name for name in lost if auto != "AutoModel" or "pooler" not in name]      # which nothing here reads
     if lost:
         raise IncompatibleError(_("transformers finds no tensor for {names}").format(names=", ".join(lost[:3])),
                                 where=str(folder))
@@ -168,7 +169,7 @@ def with_adapter(folder: Path) -> Transformers:
                                                                             if tasks[0].kind in ("classify", "tag") else {}))
     else:
         base = _model(opened.base, told)
-    model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    model: Any = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     found = Transformers(folder, model=model, tokenizer=adapters.tokenizer_in(folder), kind="peft",
                          embeds=bool(tasks) and tasks[0].kind == "embed")
     found.writes = not tasks and bool(base.can_generate())

@@ -80,6 +80,13 @@ def stamp(folder: Path) -> dict[str, Any]:
     return {"path": str(found.folder), "sha256": {**found.sha256, **told}}
 
 
+def began_with(run: Run) -> dict[str, Any]:
+    """Return what receipts tell of the weights that a run begins with: `start`, and the adapter that goes on learning."""
+    adapter = run.adapt.model_dump().get("start") if run.adapt is not None else None
+    given = {"start": run.start, "adapter": adapter}
+    return {name: stamp(Path(path)) for name, path in given.items() if path is not None}
+
+
 def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, parameters: int, choice: dict[str, str],
           audit: dict[str, Any]) -> None:
     """Write run.json and recipe.yaml."""
@@ -87,8 +94,8 @@ def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, param
     files.write_text(run.out / "recipe.yaml", config.to_yaml(again))
     files.write_json(run.out / "run.json", {
         "schema": 1, "kind": "train", "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": config.dump(run),
-        "data": data_records, "tokenizer": tokenizer, "parameters": parameters, "choice": choice, "audit": audit,
-        "machine": machine(),
+        **began_with(run), "data": data_records, "tokenizer": tokenizer, "parameters": parameters, "choice": choice,
+        "audit": audit, "machine": machine(),
     })
 
 

@@ -27,7 +27,8 @@ def launch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["layout"], help=_("what to verify: layout = the recipe's layout against one process"))
+    parser.add_argument("what", help=_("layout = the recipe's layout against one process; or the path of a run, a checkpoint or "
+                                       "an artefact, whose hashes are computed anew, back to the raw files"))
     parser.add_argument("--steps", type=int, default=4, help=_("steps to compare"))
     parser.add_argument("--precision", default="fp64", choices=["fp64", "fp32"], help=_("arithmetic of both"))
     parser.add_argument("--tolerance", type=float, help=_("largest relative difference allowed (default: 1e-6, in fp32 1e-3)"))
@@ -142,6 +143,10 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help=_("new folder to write"))
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: as they are)"))
     compared(parser)
+
+
+def lineage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help=_("run folder, checkpoint, exported folder or prepared data"))
 
 
 def inspect(parser: argparse.ArgumentParser) -> None:
