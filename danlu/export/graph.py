@@ -54,6 +54,17 @@ def graph_of(model: Network, *, cache: bool = False) -> Graph:
     return _reader(model)
 
 
+def shapes(graph: Graph) -> tuple[Any, ...]:
+    """Return the dynamic shapes of the graph's inputs, as torch.export takes them."""
+    sizes: dict[str, Any] = {}
+    for axes in graph.axes.values():
+        for name in axes.values():               # a total follows from its parts
+            sizes[name] = torch.export.Dim.DYNAMIC if name.startswith("total_") else torch.export.Dim(
+                name, min=1, max=graph.limits.get(name))
+    given = [{at: sizes[name] for at, name in graph.axes[each].items()} for each in graph.inputs]
+    return (*given[: len(given) - graph.past], *([tuple(given[len(given) - graph.past :])] if graph.past else []))
+
+
 class Grown:
     """Keys and values of past tokens, to which a layer adds its own; nothing is changed in place."""
 

@@ -21,7 +21,7 @@ import torch
 from danlu import files
 from danlu.errors import ConfigError, DataError
 from danlu.export.beside import Beside
-from danlu.export.graph import Graph, graph_of
+from danlu.export.graph import Graph, graph_of, shapes
 from danlu.models import weights
 from danlu.models.build import Network
 from danlu.words import _
@@ -63,17 +63,6 @@ def write(folder: Path, model: Network, *, tokenizer: Path | None = None, cache:
     for one in folder.glob("*.onnx*"):
         files.flush(one)
     return path
-
-
-def shapes(graph: Graph) -> tuple[Any, ...]:
-    """Return the dynamic shapes of the graph's inputs, as torch.export takes them."""
-    sizes: dict[str, Any] = {}
-    for axes in graph.axes.values():
-        for name in axes.values():               # a total follows from its parts
-            sizes[name] = torch.export.Dim.DYNAMIC if name.startswith("total_") else torch.export.Dim(
-                name, min=1, max=graph.limits.get(name))
-    given = [{at: sizes[name] for at, name in graph.axes[each].items()} for each in graph.inputs]
-    return (*given[: len(given) - graph.past], *([tuple(given[len(given) - graph.past :])] if graph.past else []))
 
 
 def _trace(graph: Graph, path: Path) -> None:
