@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from danlu import files
 from danlu.data import chat
 from danlu.data.example import Turn, Unusable
 from danlu.data.tokenizer import Tokenizer
@@ -54,6 +55,21 @@ class Beside:
         if self.tokenizer is None or self.template is None:
             return None
         return frozenset(stops(self.template, self.tokenizer))
+
+    def told_ends(self) -> frozenset[int] | None:
+        """Return the ids that end an answer by generation_config.json, which is where other runtimes look."""
+        file = self.folder / "generation_config.json"
+        told = files.read_json(file).get("eos_token_id") if self.writes and file.is_file() else None
+        return self.ends() if told is None else frozenset([told] if isinstance(told, int) else told)
+
+    def labels(self) -> tuple[str, ...] | None:
+        """Return the names of the classes by config.json; None of a model without."""
+        file = self.folder / "config.json"
+        told = files.read_json(file) if file.is_file() else {}
+        named, architecture = told.get("id2label"), str(next(iter(told.get("architectures") or ()), ""))
+        if not architecture.endswith(("ForSequenceClassification", "ForTokenClassification")):
+            return None
+        return tuple(str(named[str(i)]) for i in range(len(named))) if named else None
 
 
 def stops(template: chat.Template, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -8,23 +8,31 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from danlu import files
+from danlu.adapt.merge import DTYPES
+from danlu.data import chat
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
+from danlu.evaluate.subject import Subject
+from danlu.export import artefacts, source
 from danlu.export.gguf_vocabulary import Vocabulary, vocabulary_of
 from danlu.log import say
+from danlu.models import weights
 from danlu.models.build import Network
 from danlu.models.decoder import Decoder, DecoderModel
 from danlu.nn import position
 from danlu.words import _
 
-Kind = Literal["f32", "f16", "q8_0"]
+if TYPE_CHECKING:
+    from danlu.export.table import Options
+
+Kind = Literal["f32", "f16", "bf16", "q8_0"]
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
 TURNED = ("llama",)                      # architectures whose rotary pairs stand beside each other, not half a head apart
 BLOCK = 32                               # numbers that share a scale in Q8_0
@@ -48,18 +56,37 @@ def require() -> None:
                           fix='pip install "danlu[gguf]"')
 
 
-def write(folder: Path, model: Network, *, tokenizer: Path, kind: Kind = "f16", name: str = "model") -> Path:
-    """Write `model` with the tokenizer of a folder as `folder`/NAME-KIND.gguf and a Modelfile; return the path.
+def export(subject: Subject, folder: Path, options: Options) -> None:
+    """Write a subject into an existing, empty `folder`: the GGUF, the Modelfile, and config.json, which says what it was."""
+    require()
+    kinds: dict[str | None, Kind] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "q8_0", "q8_0": "q8_0"}
+    dtype = options.dtype or artefacts.dtype_of(subject.folder)
+    if options.quantize not in (None, "int8", "q8_0") or (options.quantize and options.dtype):
+        raise ConfigError(_("GGUF is written with --dtype fp32, fp16 or bf16, or with --quantize q8_0"), where="--to gguf")
+    model = source.merged(subject)
+    write(folder, model, tokenizer=subject.tokenizer, template=source.template(subject), kind=kinds[options.quantize or dtype],
+          name=subject.folder.resolve().parent.name if subject.run is not None else subject.folder.resolve().name)
+    weights.write_config(folder, model.cfg, dtype=DTYPES[dtype])
 
-    kind: of matrices; what has one dimension, and GPT-2's positions, stay float32.  Q8_0 keeps rows that are no multiple of 32
-    in float16.  Raises IncompatibleError for what llama.cpp computes otherwise than we do.
+
+def holds(path: Path) -> bool:
+    """Return whether `path` is a GGUF, or a folder with one."""
+    return path.suffix == ".gguf" or next(path.glob("*.gguf"), None) is not None
+
+
+def write(folder: Path, model: Network, *, tokenizer: Tokenizer, template: chat.Template | None = None, kind: Kind = "f16",
+          name: str = "model") -> Path:
+    """Write `model` with its tokenizer as `folder`/NAME-KIND.gguf and a Modelfile; return the path.
+
+    template: of a model that chats.  kind: of matrices; what has one dimension, and GPT-2's positions, stay float32.  Q8_0
+    keeps rows that are no multiple of 32 in float16.  Raises IncompatibleError for what llama.cpp computes otherwise.
     """
     require()
     from gguf import GGUFWriter
 
     cfg = _checked(model)
     assert isinstance(model, DecoderModel) and cfg.vocab is not None
-    words = vocabulary_of(Tokenizer.load(tokenizer), tokenizer, cfg.vocab)
+    words = vocabulary_of(tokenizer, template, cfg.vocab)
     path = folder / f"{name}-{kind}.gguf"
     large = sum(p.nbytes for p in model.parameters()) > LARGE
     writer = GGUFWriter(path, ARCHITECTURES[cfg.family], use_temp_file=large)
@@ -73,7 +100,7 @@ def write(folder: Path, model: Network, *, tokenizer: Path, kind: Kind = "f16", 
     writer.close()
     files.flush(path)
     files.write_text(folder / "Modelfile", modelfile(path.name, words, _context(cfg)))
-    if Tokenizer.load(tokenizer).raw.normalizer is not None:
+    if tokenizer.raw.normalizer is not None:
         say(_("llama.cpp does not bring text into normal form (NFC) as this tokenizer does: give it such text"))
     return path
 
@@ -109,7 +136,8 @@ def _describe(writer: Any, cfg: Decoder, kind: Kind, name: str) -> None:
 
     writer.add_name(name)
     writer.add_quantization_version(2)
-    writer.add_file_type({"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}[kind])
+    writer.add_file_type({"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16,
+                          "bf16": LlamaFileType.MOSTLY_BF16, "q8_0": LlamaFileType.MOSTLY_Q8_0}[kind])
     writer.add_vocab_size(cfg.vocab)
     writer.add_context_length(cfg.context if cfg.position == "learned" else _context(cfg))
     writer.add_embedding_length(cfg.width)
@@ -153,6 +181,8 @@ def _put(writer: Any, name: str, tensor: Tensor, kind: Kind) -> None:
         writer.add_tensor(name, data)
     elif kind == "q8_0" and data.shape[-1] % BLOCK == 0:
         writer.add_tensor(name, quants.quantize(data, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0)
+    elif kind == "bf16":
+        writer.add_tensor(name, quants.quantize(data, GGMLQuantizationType.BF16), raw_dtype=GGMLQuantizationType.BF16)
     else:
         writer.add_tensor(name, data.astype(np.float16))
 

@@ -7,23 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Raw
 from torch import Tensor
 
 from danlu.data import chat
 from danlu.data.example import Turn
-from danlu.errors import DataError, IncompatibleError
-from danlu.export import gguf
+from danlu.errors import ConfigError, DataError, IncompatibleError
+from danlu.export import gguf, llama_cpp
 from danlu.export.gguf_vocabulary import CONTROL, NORMAL, RULES
+from danlu.export.parity import Artefact
+from danlu.log import say
 from danlu.models.build import build
 from danlu.models.decoder import Decoder
 from danlu.words import _
+
+
+def opened(path: Path) -> Artefact:
+    """Return a GGUF, or that of a folder, in llama.cpp; as it is read again, saying so, where that is not installed."""
+    found = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), path / "model.gguf")
+    if not found.is_file():
+        raise ConfigError(_("there is no such file"), where=str(found))
+    if llama_cpp.available():
+        return llama_cpp.LlamaCpp(found)
+    say(_("llama-cpp-python is not installed: {file} is read again by Danlu and not run by llama.cpp").format(file=found.name))
+    return Gguf(found)
+
+
+def kind_of(file_type: int | None) -> str:
+    """Return the kind of an artefact whose file is of that type: 0 float32, 1 float16, 32 bfloat16, others in few bits."""
+    return "gguf" if file_type in (0, 1, 32) else "quantized"
 
 
 class Gguf:
@@ -45,8 +64,7 @@ class Gguf:
         self.architecture = str(self.told["general.architecture"])
         if self.architecture not in gguf.ARCHITECTURES.values():
             raise IncompatibleError(_("the architecture {kind!r} is not known").format(kind=self.architecture), where=str(path))
-        plain = self.told.get("general.file_type") == 0
-        self.kind = "gguf" if plain else "quantized"
+        self.kind = kind_of(self.told.get("general.file_type"))
 
     def of(self, key: str, default: Any = None) -> Any:
         """Return a value of the architecture."""
@@ -118,6 +136,15 @@ class Gguf:
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text` without special ones."""
         return list(self.raw.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """Return the text of `ids`, special tokens spelt out."""
+        return "".join(self._spelt(list(run), plain=plain) for plain, run in groupby(
+            ids, key=lambda i: self.told["tokenizer.ggml.token_type"][i] == NORMAL))
+
+    def _spelt(self, ids: list[int], *, plain: bool) -> str:
+        tokens = [self.told["tokenizer.ggml.tokens"][i] for i in ids]
+        return str(decoders.ByteLevel().decode(tokens)) if plain else "".join(tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
         """Return a conversation as the file's template writes it; None if it has none."""

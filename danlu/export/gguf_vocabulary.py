@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import pre_tokenizers
@@ -42,13 +41,13 @@ class Vocabulary(NamedTuple):
     chatml: bool                         # … and it is ChatML
 
 
-def vocabulary_of(tokenizer: Tokenizer, folder: Path, size: int) -> Vocabulary:
-    """Return what llama.cpp needs to read text exactly as `tokenizer` of `folder` does, for a model of `size` ids.
+def vocabulary_of(tokenizer: Tokenizer, template: chat.Template | None, size: int) -> Vocabulary:
+    """Return what llama.cpp needs to read text exactly as `tokenizer` does, for a model of `size` ids; template: if it chats.
 
     Raises IncompatibleError that says why it cannot.
     """
     content = json.loads(tokenizer.raw.to_str())
-    pre = _rule(content, str(folder))
+    pre = _rule(content)
     model = content["model"]
     spelt = {i: t for t, i in tokenizer.raw.get_vocab(with_added_tokens=True).items()}
     control = {tokenizer.id(token) for token in tokenizer.controls}
@@ -60,23 +59,23 @@ def vocabulary_of(tokenizer: Tokenizer, folder: Path, size: int) -> Vocabulary:
         kinds.append(UNUSED if i not in spelt else CONTROL if i in control else UNKNOWN if i == unknown
                      else USER if i in added else NORMAL)
     if len(tokens) > size:
-        raise IncompatibleError(_("the tokenizer has {n} ids and the model {size}").format(n=len(tokens), size=size), where=str(folder))
+        raise IncompatibleError(_("the tokenizer has {n} ids and the model {size}").format(n=len(tokens), size=size))
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
-    template, chatml = _template(tokenizer, folder)
-    return Vocabulary(pre, tokens, kinds, merges, _special(tokenizer, folder, bool(template)), tokenizer.add_bos, template, chatml)
+    jinja, chatml = (None, False) if template is None else _written(template)
+    return Vocabulary(pre, tokens, kinds, merges, _special(tokenizer, template), tokenizer.add_bos, jinja, chatml)
 
 
-def _rule(content: Mapping[str, Any], where: str) -> str:
+def _rule(content: Mapping[str, Any]) -> str:
     """Return the name of the rule by which the tokenizer cuts text.  Raises IncompatibleError if it has none."""
     model, normal, pre = content["model"], content["normalizer"], content["pre_tokenizer"]
     fix = _("train the tokenizer with cut: gpt2 (llama3, qwen2), or export to ONNX or hf, which keep any tokenizer")
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
     if model["type"] != "BPE" or odd:
         raise IncompatibleError(_("only byte-level BPE is written as GGUF, and this tokenizer is {kind}").format(
-            kind=" ".join([model["type"], *odd])), where=where, fix=fix)
+            kind=" ".join([model["type"], *odd])), where="tokenizer.json", fix=fix)
     if normal is not None and normal["type"] != "NFC":
         raise IncompatibleError(_("the tokenizer changes text first ({kind}), and llama.cpp would not").format(kind=normal["type"]),
-                                where=where, fix=fix)
+                                where="tokenizer.json", fix=fix)
     steps = pre["pretokenizers"] if pre is not None and pre["type"] == "Sequence" else [pre]
     last = steps[-1] or {}
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and all(
@@ -89,30 +88,26 @@ def _rule(content: Mapping[str, Any], where: str) -> str:
             if rule == (pattern, whole):
                 return name
     raise IncompatibleError(_("llama.cpp has no name for the rule by which this tokenizer cuts text, and would cut it otherwise"),
-                            where=where, fix=fix)
+                            where="tokenizer.json", fix=fix)
 
 
 def _isolates(split: Mapping[str, Any]) -> bool:
     return split["behavior"] == "Isolated" and not split["invert"] or split["behavior"] == "Removed" and bool(split["invert"])
 
 
-def _special(tokenizer: Tokenizer, folder: Path, chats: bool) -> dict[str, int]:
+def _special(tokenizer: Tokenizer, template: chat.Template | None) -> dict[str, int]:
     """Return the ids of roles.  llama.cpp takes id 11 for eos and bos where it is told none, so eos must be there."""
     special = tokenizer.special
     if special.eos is None:
-        raise IncompatibleError(_("the tokenizer has no eos token, and llama.cpp would take another for it"), where=str(folder))
+        raise IncompatibleError(_("the tokenizer has no eos token, and llama.cpp would take another for it"), where="tokenizer.json")
     found = {"eos": special.eos, "bos": special.eos if special.bos is None else special.bos}
     found |= {role: i for role, i in (("pad", special.pad), ("unk", special.unk)) if i is not None}
-    if chats:
-        found["eot"] = endings(chat.Template.load(tokenizer, folder), tokenizer)[0]
-    return found
+    first = endings(template or chat.Template.load(tokenizer), tokenizer)[0]
+    return found | ({} if first == special.eos else {"eot": first})
 
 
-def _template(tokenizer: Tokenizer, folder: Path) -> tuple[str | None, bool]:
-    """Return the chat template as Jinja, if the model has one, and whether it is ChatML with its own tokens."""
-    template = chat.Template.load(tokenizer, folder)
+def _written(template: chat.Template) -> tuple[str, bool]:
+    """Return a chat template as Jinja, and whether it is ChatML with tokens of its own."""
     own = chat.START in template.controls and chat.END in template.controls
     chatml = chat.written(template)
-    if template.source is None:
-        return (chatml, True) if own else (None, False)
-    return template.source, own and template.source.strip() == chatml.strip()
+    return template.source or chatml, own and (template.source or chatml).strip() == chatml.strip()

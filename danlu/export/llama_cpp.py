@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 
 from danlu.errors import ConfigError, DataError
 from danlu.words import _
+
+FLOAT = 0                                        # GGML_TYPE_F32: keys and values are not rounded, so that only weights are
 
 
 def available() -> bool:
@@ -30,11 +33,12 @@ class LlamaCpp:
 
         self.library: Any = llama_cpp
         try:
-            self.llama = llama_cpp.Llama(str(path), n_ctx=0, n_threads=threads, n_gpu_layers=0, logits_all=True, verbose=False)
+            self.llama = llama_cpp.Llama(str(path), n_ctx=0, n_threads=threads, n_gpu_layers=0, logits_all=True,
+                                         type_k=FLOAT, type_v=FLOAT, verbose=False)
         except (ValueError, RuntimeError) as error:
             raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(path)) from None
-        plain = self.llama.metadata.get("general.file_type") == "0"
-        self.name, self.kind = f"{path.name} (llama.cpp)", "gguf" if plain else "quantized"
+        few = self.llama.metadata.get("general.file_type") not in ("0", "1", "32")
+        self.name, self.kind = f"{path.name} (llama.cpp)", "quantized" if few else "gguf"
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return the logits [T, V] of one row."""
@@ -45,6 +49,19 @@ class LlamaCpp:
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text`, in which no special token is looked for."""
         return list(self.llama.tokenize(text.encode(), add_bos=False, special=False)) if text else []
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """Return the text of `ids`, special tokens spelt out."""
+        vocab = self.library.llama_model_get_vocab(self.llama.model)
+        room = ctypes.create_string_buffer(64)
+        pieces = list[bytes]()
+        for i in ids:
+            size = self.library.llama_token_to_piece(vocab, i, room, len(room), 0, True)
+            if size < 0:                             # longer than the room
+                room = ctypes.create_string_buffer(-size)
+                size = self.library.llama_token_to_piece(vocab, i, room, len(room), 0, True)
+            pieces.append(room.raw[:size])
+        return b"".join(pieces).decode(errors="replace")
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
         """Return a conversation as llama-cpp-python writes it by the file's template; None if there is none."""

@@ -13,18 +13,22 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from danlu import files
 from danlu.errors import ConfigError, DataError
+from danlu.evaluate.subject import Subject
+from danlu.export import source
 from danlu.export.beside import Beside
 from danlu.export.graph import Graph, graph_of, shapes
-from danlu.models import weights
 from danlu.models.build import Network
 from danlu.words import _
+
+if TYPE_CHECKING:
+    from danlu.export.table import Options
 
 PLAIN, INT8 = "model.onnx", "model_quantized.onnx"
 OPSET = 18                                   # onnxruntime 1.14 and TensorRT 8.6 read it
@@ -41,13 +45,27 @@ def require() -> None:
                           where="--to onnx", fix='pip install "danlu[onnx]"')
 
 
-def write(folder: Path, model: Network, *, tokenizer: Path | None = None, cache: bool | None = None,
-          quantize: Quantize | None = None) -> Path:
-    """Write `model` into an existing `folder` and return the path of the graph.
+def export(subject: Subject, folder: Path, options: Options) -> None:
+    """Write a subject into an existing, empty `folder`, with all that onnxruntime and optimum need."""
+    require()
+    if options.dtype not in (None, "fp32") or options.quantize not in (None, "int8"):
+        raise ConfigError(_("ONNX is written in fp32, or with --quantize int8"), where="--to onnx")
+    model = source.merged(subject)
+    write(folder, model, quantize=options.quantize)                 # type: ignore[arg-type]  # it was just looked at
+    source.leave(subject, folder, model)
+
+
+def holds(path: Path) -> bool:
+    """Return whether `path` is a folder with a graph."""
+    return (path / PLAIN).is_file() or (path / INT8).is_file()
+
+
+def write(folder: Path, model: Network, *, cache: bool | None = None, quantize: Quantize | None = None) -> Path:
+    """Write `model` as a graph into an existing `folder` and return its path.
 
     Batch and length may be of any size there, up to the model's context.  cache: whether a decoder takes keys and values of
     past tokens and gives those of all; None: if it writes.  quantize int8: weights of matrix products and embeddings, by row,
-    7 bits of range (which no processor saturates); activations at run time.  tokenizer: the folder whose files are copied.
+    7 bits of range (which no processor saturates); activations at run time.
     """
     require()
     cfg = model.cfg
@@ -57,9 +75,6 @@ def write(folder: Path, model: Network, *, tokenizer: Path | None = None, cache:
     _trace(graph, path)
     if quantize is not None:
         path = _quantized(path)
-    weights.write_config(folder, cfg, dtype=torch.float32, tokenizer=tokenizer)
-    if tokenizer is not None:
-        weights.copy_tokenizer(tokenizer, folder)
     for one in folder.glob("*.onnx*"):
         files.flush(one)
     return path
@@ -184,10 +199,19 @@ class Onnx:
         """Return the ids of `text` by the tokenizer in the folder."""
         return self.text.encode(text)
 
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """Return the text of `ids`."""
+        return self.text.decode(ids)
+
     def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Return a conversation as the folder's template writes it."""
-        return self.text.render(messages)
+        """Return a conversation as the folder's template writes it; None if it has none."""
+        there = self.text.template is not None and self.text.template.source is not None
+        return self.text.render(messages) if there else None
 
     def ends(self) -> frozenset[int] | None:
-        """Return the ids that end an answer."""
-        return self.text.ends()
+        """Return the ids that end an answer, by generation_config.json."""
+        return self.text.told_ends()
+
+    def labels(self) -> tuple[str, ...] | None:
+        """Return the names of the classes."""
+        return self.text.labels()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from danlu.config import Model
 from danlu.evaluate.subject import Subject
-from danlu.export import hf, peft
+from danlu.export import gguf, gguf_read, hf, onnx, peft, torch_export
 from danlu.export.parity import Artefact
 
 
@@ -28,6 +28,9 @@ class Exporter(NamedTuple):
 
 
 EXPORTERS: dict[str, Exporter] = {                       # the first that `holds` a path opens it
+    "onnx": Exporter(onnx.export, onnx.holds, onnx.Onnx),
+    "gguf": Exporter(gguf.export, gguf.holds, gguf_read.opened),
+    "torch-export": Exporter(torch_export.export, torch_export.holds, torch_export.Exported),
     "peft": Exporter(peft.write, peft.holds, peft.open),
     "hf": Exporter(hf.write, hf.holds, hf.open),
 }

@@ -7,24 +7,42 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from danlu import files
 from danlu.errors import ConfigError, DataError, SecurityError
+from danlu.evaluate.subject import Subject
+from danlu.export import source
 from danlu.export.beside import Beside
 from danlu.export.graph import graph_of, shapes
-from danlu.models import weights
 from danlu.models.build import Network
 from danlu.words import _
+
+if TYPE_CHECKING:
+    from danlu.export.table import Options
 
 FILE = "model.pt2"
 
 
-def write(folder: Path, model: Network, *, tokenizer: Path | None = None) -> Path:
-    """Write `model` as a program into an existing `folder`, with config.json and the tokenizer's files; return its path.
+def export(subject: Subject, folder: Path, options: Options) -> None:
+    """Write a subject into an existing, empty `folder`."""
+    if options.dtype not in (None, "fp32") or options.quantize is not None:
+        raise ConfigError(_("a program of torch.export is written in fp32"), where="--to torch-export")
+    model = source.merged(subject)
+    write(folder, model)
+    source.leave(subject, folder, model)
+
+
+def holds(path: Path) -> bool:
+    """Return whether `path` is a folder with a program."""
+    return (path / FILE).is_file()
+
+
+def write(folder: Path, model: Network) -> Path:
+    """Write `model` as a program into an existing `folder` and return its path.
 
     Inputs and outputs are those of ONNX without a cache, in the same order; batch and length may be of any size up to the
     model's context.
@@ -38,9 +56,6 @@ def write(folder: Path, model: Network, *, tokenizer: Path | None = None) -> Pat
         torch.export.save(program, folder / FILE, extra_files={"danlu.json": json.dumps(named)})
     check(folder / FILE)
     files.flush(folder / FILE)
-    weights.write_config(folder, model.cfg, dtype=torch.float32, tokenizer=tokenizer)
-    if tokenizer is not None:
-        weights.copy_tokenizer(tokenizer, folder)
     return folder / FILE
 
 
@@ -111,10 +126,19 @@ class Exported:
         """Return the ids of `text` by the tokenizer in the folder."""
         return self.text.encode(text)
 
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """Return the text of `ids`."""
+        return self.text.decode(ids)
+
     def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Return a conversation as the folder's template writes it."""
-        return self.text.render(messages)
+        """Return a conversation as the folder's template writes it; None if it has none."""
+        there = self.text.template is not None and self.text.template.source is not None
+        return self.text.render(messages) if there else None
 
     def ends(self) -> frozenset[int] | None:
-        """Return the ids that end an answer."""
-        return self.text.ends()
+        """Return the ids that end an answer, by generation_config.json."""
+        return self.text.told_ends()
+
+    def labels(self) -> tuple[str, ...] | None:
+        """Return the names of the classes."""
+        return self.text.labels()

@@ -57,7 +57,9 @@ def written(folder: Path, more: dict[str, Any], kind: Any = "f32", **words: Any)
     place = tokenizer(folder / "tokenizer", **words)
     model = decoder(Tokenizer.load(place).size, **more)
     (folder / "out").mkdir()
-    return model, gguf.write(folder / "out", model, tokenizer=place, kind=kind), place
+    own = Tokenizer.load(place)
+    template = chat.Template.load(own, place) if words.get("chats") else None
+    return model, gguf.write(folder / "out", model, tokenizer=own, template=template, kind=kind), place
 
 
 def ids(vocab: int, length: int = 24) -> list[int]:
@@ -82,15 +84,15 @@ def test_every_tensor_comes_back_to_the_bit(more: dict[str, Any], tmp_path: Path
         assert np.abs(again.logits(row) - said(model, row)).max() < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "error"), [("f16", 1e-3), ("q8_0", 1e-2)])
+@pytest.mark.parametrize(("kind", "error"), [("f16", 1e-3), ("bf16", 5e-3), ("q8_0", 1e-2)])
 def test_rounded_tensors_are_within_their_kind(kind: Any, error: float, tmp_path: Path) -> None:
     model, path, _place = written(tmp_path, {"kv_heads": 2}, kind)
     again, own = Gguf(path), model.state_dict()
-    assert again.kind == "quantized"
+    assert again.kind == ("quantized" if kind == "q8_0" else "gguf")
     for name, tensor in again.state().items():
         allowed = 0.0 if tensor.ndim == 1 else error * float(own[name].abs().max())
         assert float((tensor - own[name]).abs().max()) <= allowed, name
-    bits = {"f16": 16, "q8_0": 8.5}[kind]
+    bits = {"f16": 16, "bf16": 16, "q8_0": 8.5}[kind]
     matrices = sum(t.numel() for t in own.values() if t.ndim > 1)
     kept = sum(t.nbytes for t in own.values() if t.ndim == 1)
     from gguf import GGUFReader
@@ -111,6 +113,7 @@ def test_the_file_alone_reads_text_as_the_tokenizer_does(cut: str, tmp_path: Pat
     again, own = Gguf(path), Tokenizer.load(place)
     for text in TEXTS:
         assert again.encode(text) == own.encode(text).tolist(), text
+        assert again.decode([own.special.eos, *own.encode(text)]) == "<|endoftext|>" + text
     assert again.told["tokenizer.ggml.pre"] == {"gpt2": "gpt-2", "llama3": "dbrx", "qwen2": "qwen2"}[cut]
     assert again.ends() == {own.special.eos}
     assert again.render(MESSAGES) is None
@@ -133,16 +136,16 @@ def test_a_rule_without_a_name_is_refused(tmp_path: Path) -> None:
     place = tokenizer(tmp_path / "own", "danlu")
     model = decoder(Tokenizer.load(place).size)
     with pytest.raises(IncompatibleError, match="no name for the rule") as refused:
-        gguf.write(tmp_path, model, tokenizer=place)
+        gguf.write(tmp_path, model, tokenizer=Tokenizer.load(place))
     assert "cut: gpt2" in str(refused.value.fix)
     train(TEXTS, Unigram.model_validate({"vocab": 120})).save(tmp_path / "unigram")
     with pytest.raises(IncompatibleError, match="Unigram"):
-        gguf.write(tmp_path, model, tokenizer=tmp_path / "unigram")
+        gguf.write(tmp_path, model, tokenizer=Tokenizer.load(tmp_path / "unigram"))
     changed = json.loads((place / "tokenizer.json").read_text())
     changed["normalizer"] = {"type": "Lowercase"}
     (place / "tokenizer.json").write_text(json.dumps(changed))
     with pytest.raises(IncompatibleError, match="Lowercase"):
-        gguf.write(tmp_path, model, tokenizer=place)
+        gguf.write(tmp_path, model, tokenizer=Tokenizer.load(place))
 
 
 @pytest.mark.parametrize("more", [
@@ -151,8 +154,9 @@ def test_a_rule_without_a_name_is_refused(tmp_path: Path) -> None:
     {"scaling": {"kind": "yarn", "factor": 4.0, "original": 16}}], ids=lambda m: "-".join(map(str, m.values())))
 def test_what_llama_cpp_computes_otherwise_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
     place = tokenizer(tmp_path / "tokenizer")
+    own = Tokenizer.load(place)
     with pytest.raises(IncompatibleError):
-        gguf.write(tmp_path, decoder(Tokenizer.load(place).size, **more), tokenizer=place)
+        gguf.write(tmp_path, decoder(own.size, **more), tokenizer=own)
 
 
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
@@ -177,12 +181,11 @@ inside = pytest.mark.skipif(not llama_cpp.available(), reason="llama-cpp-python 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", SHAPES, ids=lambda m: "-".join(map(str, m.values())) or "llama")
 def test_llama_cpp_says_the_same(more: dict[str, Any], tmp_path: Path) -> None:
-    """float32 weights; llama.cpp keeps keys and values in float16 and looks activations up in a table of float16."""
+    """float32 weights, and keys and values; GPT-2's activation llama.cpp looks up in a table of float16."""
     model, path, _place = written(tmp_path, more)
     row = ids(model.cfg.vocab)
     there, here = llama_cpp.LlamaCpp(path).logits(row), said(model, row)
-    assert np.abs(there - here).max() < 1e-2 * np.ptp(here)
-    assert (there.argmax(-1) == here.argmax(-1)).mean() > 0.9
+    assert np.abs(there - here).max() < (1e-3 if model.cfg.family == "gpt2" else 1e-5) * np.ptp(here)
 
 
 @inside
@@ -193,6 +196,7 @@ def test_llama_cpp_reads_text_the_same(cut: str, tmp_path: Path) -> None:
     there, own = llama_cpp.LlamaCpp(path), Tokenizer.load(place)
     for text in TEXTS:
         assert there.encode(text) == own.encode(text).tolist(), text
+        assert there.decode([own.special.eos, *own.encode(text)]) == "<|endoftext|>" + text
     assert there.ends() == {own.special.eos, own.id("<|im_end|>")}
     assert there.render(MESSAGES) == Gguf(path).render(MESSAGES)
 
@@ -209,7 +213,7 @@ def test_llama_cpp_parts_without_the_rotary_permutation(tmp_path: Path, monkeypa
 
 @inside
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
 def test_llama_cpp_and_the_file_read_again_agree_on_rounded_weights(kind: Any, tmp_path: Path) -> None:
     model, path, _place = written(tmp_path, {"kv_heads": 2}, kind)
     row = ids(model.cfg.vocab)
