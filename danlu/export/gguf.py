@@ -112,16 +112,16 @@ def _checked(model: Network) -> Decoder:
         raise IncompatibleError(_("only decoders that write, of the families {names}, are written as GGUF").format(
             names=", ".join(ARCHITECTURES)), fix=_("export to ONNX"))
     gelu = cfg.family == "gpt2"
-    stretched = cfg.scaling is not None and not isinstance(cfg.scaling, position.Linear)
+    told = None if cfg.scaling is None or isinstance(cfg.scaling, position.Linear) else cfg.scaling.kind
     wrong = [
         (cfg.activation != ("gelu_tanh" if gelu else "silu"), f"activation={cfg.activation}"),
-        (stretched and (ARCHITECTURES[cfg.family] != "llama" or model.sharpen != 1.0), f"scaling.kind={getattr(cfg.scaling, 'kind', '')}"),
+        (told is not None and (ARCHITECTURES[cfg.family] != "llama" or model.sharpen != 1.0), f"scaling.kind={told}"),
         (ARCHITECTURES[cfg.family] == "qwen2" and cfg.head_width != cfg.width // cfg.heads, f"head_width={cfg.head_width}"),
         (model.ahead.prompt is not None or model.ahead.keys, "adapt"),
     ]
-    if told := [what for bad, what in wrong if bad]:
+    if unlike := [what for bad, what in wrong if bad]:
         raise IncompatibleError(_("llama.cpp computes a {family} otherwise than this model: {what}").format(
-            family=cfg.family, what=", ".join(told)), fix=_("export to ONNX"))
+            family=cfg.family, what=", ".join(unlike)), fix=_("export to ONNX"))
     return cfg
 
 

@@ -74,8 +74,8 @@ def _rule(content: Mapping[str, Any]) -> str:
         raise IncompatibleError(_("only byte-level BPE is written as GGUF, and this tokenizer is {kind}").format(
             kind=" ".join([model["type"], *odd])), where="tokenizer.json", fix=fix)
     if normal is not None and normal["type"] != "NFC":
-        raise IncompatibleError(_("the tokenizer changes text first ({kind}), and llama.cpp would not").format(kind=normal["type"]),
-                                where="tokenizer.json", fix=fix)
+        raise IncompatibleError(_("the tokenizer changes text first ({kind}), and llama.cpp would not").format(
+            kind=normal["type"]), where="tokenizer.json", fix=fix)
     steps = pre["pretokenizers"] if pre is not None and pre["type"] == "Sequence" else [pre]
     last = steps[-1] or {}
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and all(
@@ -92,14 +92,15 @@ def _rule(content: Mapping[str, Any]) -> str:
 
 
 def _isolates(split: Mapping[str, Any]) -> bool:
-    return split["behavior"] == "Isolated" and not split["invert"] or split["behavior"] == "Removed" and bool(split["invert"])
+    return (split["behavior"] == "Isolated" and not split["invert"]) or (split["behavior"] == "Removed" and bool(split["invert"]))
 
 
 def _special(tokenizer: Tokenizer, template: chat.Template | None) -> dict[str, int]:
     """Return the ids of roles.  llama.cpp takes id 11 for eos and bos where it is told none, so eos must be there."""
     special = tokenizer.special
     if special.eos is None:
-        raise IncompatibleError(_("the tokenizer has no eos token, and llama.cpp would take another for it"), where="tokenizer.json")
+        raise IncompatibleError(_("the tokenizer has no eos token, and llama.cpp would take another for it"),
+                                where="tokenizer.json")
     found = {"eos": special.eos, "bos": special.eos if special.bos is None else special.bos}
     found |= {role: i for role, i in (("pad", special.pad), ("unk", special.unk)) if i is not None}
     first = endings(template or chat.Template.load(tokenizer), tokenizer)[0]

@@ -45,7 +45,7 @@ def graph_of(model: Network, *, cache: bool = False) -> Graph:
         raise IncompatibleError(_("a model of {family} is not exported by Danlu").format(family=model.cfg.family),
                                 fix=_("export its folder with optimum-cli, which knows every model of transformers"))
     if model.ahead.prompt is not None or model.ahead.keys:
-        raise IncompatibleError(_("an adapter that puts something before the tokens is no part of the weights and is not exported"),
+        raise IncompatibleError(_("an adapter that puts something before the tokens is no part of the weights"),
                                 fix=_("use LoRA, which can be merged, or serve the run folder"))
     if isinstance(model, DecoderModel) and model.cfg.lm:
         return _writer(model, cache=cache)
@@ -185,10 +185,11 @@ class Reader(nn.Module):
         """Return the outputs' names and which of their dimensions may change."""
         cfg, found = self.model.cfg, dict[str, Axes]()
         several = len(cfg.tasks) + len(getattr(cfg, "outputs", None) or ()) > 1
+        second = {"tag": "sequence_length", "answer": "sequence_length", "choose": "num_choices"}
         for task in cfg.tasks:
-            by_token = task.kind in ("tag", "answer")
-            axes = {0: "batch_size"} | ({1: "sequence_length"} if by_token else {1: "num_choices"} if task.kind == "choose" else {})
-            found |= dict.fromkeys((name for name, _x in named(task.name if several else "", task.kind, torch.zeros(1, 1, 2))), axes)
+            axes = {0: "batch_size"} | ({1: second[task.kind]} if task.kind in second else {})
+            said = named(task.name if several else "", task.kind, torch.zeros(1, 1, 2))
+            found |= dict.fromkeys((name for name, _x in said), axes)
         by_token_too = ("logits", "prediction_logits", "last_hidden_state")
         return found | {theirs: {0: "batch_size"} | ({1: "sequence_length"} if theirs in by_token_too else {})
                         for _ours, theirs in _outputs(cfg)}

@@ -107,7 +107,8 @@ class Exported:
         self.name, self.text = f"{folder.name} (torch.export)", Beside(folder, writes="position_ids" in self.inputs)
 
     @torch.no_grad()
-    def run(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, types: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def run(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *,
+            types: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Return every output by its name.  ids [B, T], of choices [B, P, T]; mask and types likewise."""
         mask = torch.ones_like(ids) if mask is None else mask
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),

@@ -21,8 +21,10 @@ from danlu.export.gguf_read import Gguf
 from danlu.models.build import build
 from danlu.models.decoder import Decoder
 
-TEXTS = ["The old film was warm and bright, wasn't it? It'll cost 12345 dollars (€99.50).", "  two  spaces\n\n\tand tabs \r\nend ",
-         "电影很好看,真好!我喜欢这部2024年的老电影。", "Ünïcödé naïve café — “quotes” … 🎉👍🏽 ﷽ \u200b x", "def f(x):\n    return x**2  # 平方\n",
+TEXTS = ["The old film was warm and bright, wasn't it? It'll cost 12345 dollars (€99.50).",
+         "  two  spaces\n\n\tand tabs \r\nend ",
+         "电影很好看,真好!我喜欢这部2024年的老电影。", "Ünïcödé naïve café — “quotes” … 🎉👍🏽 ﷽ \u200b x",
+         "def f(x):\n    return x**2  # 平方\n",
          "ALL CAPS'S DON'T WE'LL 'tis", "1 22 333 4444 55555", "مرحبا بالعالم สวัสดีชาวโลก", "<|endoftext|> is text here", "a"]
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi — 你好"}]
 

@@ -86,7 +86,8 @@ def test_every_head_says_the_same_whatever_batch_length_and_padding(name: str, f
             mask = (np.arange(tokens + 4) < tokens).astype(np.int64)[None].repeat(batch, 0)
             more = None if types is None else np.pad(types.numpy(), ((0, 0), (0, 4)))
             if chooses:
-                padded = found.run(longer[None], mask[None], types=None if more is None else more[None])["logits"].reshape(right.shape)
+                out = found.run(longer[None], mask[None], types=None if more is None else more[None])
+                padded = out["logits"].reshape(right.shape)
             else:
                 padded = theirs(kind, found.run(longer, mask, types=more))
             padded = padded[:, :tokens] if kind in ("tag", "answer") else padded
