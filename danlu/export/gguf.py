@@ -20,7 +20,7 @@ from danlu.data import chat
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.evaluate.subject import Subject
-from danlu.export import artefacts, source
+from danlu.export import source
 from danlu.export.gguf_vocabulary import Vocabulary, vocabulary_of
 from danlu.log import say
 from danlu.models import weights
@@ -60,7 +60,7 @@ def export(subject: Subject, folder: Path, options: Options) -> None:
     """Write a subject into an existing, empty `folder`: the GGUF, the Modelfile, and config.json, which says what it was."""
     require()
     kinds: dict[str | None, Kind] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "q8_0", "q8_0": "q8_0"}
-    dtype = options.dtype or artefacts.dtype_of(subject.folder)
+    dtype = options.dtype or source.dtype_of(subject)
     if options.quantize not in (None, "int8", "q8_0") or (options.quantize and options.dtype):
         raise ConfigError(_("GGUF is written with --dtype fp32, fp16 or bf16, or with --quantize q8_0"), where="--to gguf")
     model = source.merged(subject)

@@ -16,7 +16,7 @@ from danlu.data import chat
 from danlu.data.kinds import CUTS
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import IncompatibleError
-from danlu.generate import endings
+from danlu.export.beside import stops
 from danlu.words import _
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5         # llama.cpp's kinds of tokens
@@ -103,7 +103,7 @@ def _special(tokenizer: Tokenizer, template: chat.Template | None) -> dict[str, 
                                 where="tokenizer.json")
     found = {"eos": special.eos, "bos": special.eos if special.bos is None else special.bos}
     found |= {role: i for role, i in (("pad", special.pad), ("unk", special.unk)) if i is not None}
-    first = endings(template or chat.Template.load(tokenizer), tokenizer)[0]
+    first = stops(template or chat.Template.load(tokenizer), tokenizer)[0]
     return found | ({} if first == special.eos else {"eot": first})
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from danlu import files
 from danlu.adapt import folder as adapters
-from danlu.adapt.merge import DTYPES, untied
+from danlu.adapt.merge import DTYPES
 from danlu.errors import ConfigError
 from danlu.evaluate.subject import Subject
-from danlu.evaluate.written import template_of
-from danlu.export import artefacts
-from danlu.export.beside import stops
+from danlu.export import artefacts, source
 from danlu.export.card import card
 from danlu.export.parity import Artefact
 from danlu.export.theirs import Transformers, installed
-from danlu.generate import writes
 from danlu.log import say
 from danlu.models import weights
 from danlu.words import _
@@ -30,27 +27,10 @@ def write(subject: Subject, folder: Path, options: Options) -> None:
     if options.quantize is not None or artefacts.kind_of(subject) == "quantized":
         raise ConfigError(_("a Hugging Face folder in few bits is written by another verb"), where="--quantize",
                           fix=f"danlu quantize {subject.folder}")
-    model: Any = adapters.load(subject.folder)
-    cfg = model.cfg
-    if adapters.is_adapter(subject.folder):
-        adapt = adapters.describe(subject.folder).adapt
-        if not adapt.merges:
-            raise ConfigError(_("the adapter {kind} is no part of any weight and cannot be merged").format(kind=adapt.kind),
-                              where=str(subject.folder), fix="--to peft")
-        cfg = untied(model)
-        adapt.merge(model)
-    tokenizer = adapters.tokenizer_in(subject.folder)
-    dtype = DTYPES[options.dtype] if options.dtype else DTYPES[artefacts.dtype_of(
-        adapters.describe(subject.folder).base if adapters.is_adapter(subject.folder) else subject.folder)]
-    weights.write_folder(folder, cfg, model.state_dict(), dtype=dtype, tokenizer=tokenizer)
-    if writes(subject.model):
-        template = template_of(subject)
-        if artefacts.templated(subject):
-            template.save(folder)
-        ids = stops(template, subject.tokenizer)
-        told = files.read_json(folder / "generation_config.json")
-        files.write_json(folder / "generation_config.json", told | {
-            "eos_token_id": ids[0] if len(ids) == 1 else list(ids) or None})
+    model = source.merged(subject)
+    weights.write_folder(folder, model.cfg, model.state_dict(), dtype=DTYPES[options.dtype or source.dtype_of(subject)],
+                         tokenizer=adapters.tokenizer_in(subject.folder))
+    source.speak(subject, folder)
     files.write_text(folder / "README.md", card(subject, library="transformers"))
 
 

@@ -15,7 +15,8 @@ from danlu.errors import ConfigError
 from danlu.evaluate.subject import Subject
 from danlu.evaluate.written import template_of
 from danlu.export import artefacts
-from danlu.generate import endings, writes
+from danlu.export.beside import stops
+from danlu.generate import writes
 from danlu.models import weights
 from danlu.words import _
 
@@ -40,6 +41,12 @@ def merged(subject: Subject) -> Any:
     return model.eval()
 
 
+def dtype_of(subject: Subject) -> str:
+    """Return the arithmetic that the weights were rounded to, an adapter's base's: fp32, bf16 or fp16."""
+    folder = subject.folder
+    return artefacts.dtype_of(adapters.describe(folder).base if adapters.is_adapter(folder) else folder)
+
+
 def leave(subject: Subject, folder: Path, model: Any, *, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json, generation_config.json with what ends an answer, the tokenizer's files and the chat template."""
     tokenizer = adapters.tokenizer_in(subject.folder)
@@ -55,9 +62,9 @@ def speak(subject: Subject, folder: Path) -> None:
     template = template_of(subject)
     if artefacts.templated(subject):
         template.save(folder)
-    stops = list(endings(template, subject.tokenizer))
+    ends = list(stops(template, subject.tokenizer))
     told = files.read_json(folder / "generation_config.json")
-    files.write_json(folder / "generation_config.json", told | {"eos_token_id": stops[0] if len(stops) == 1 else stops or None})
+    files.write_json(folder / "generation_config.json", told | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None})
 
 
 def template(subject: Subject) -> chat.Template | None:

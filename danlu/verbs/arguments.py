@@ -139,9 +139,10 @@ def compared(parser: argparse.ArgumentParser) -> None:
 
 def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
-    parser.add_argument("--to", required=True, choices=["hf", "peft"], help=_("what is written"))
+    parser.add_argument("--to", required=True, choices=["hf", "peft", "onnx", "gguf", "torch-export"], help=_("what is written"))
     parser.add_argument("--out", type=Path, required=True, help=_("new folder to write"))
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: as they are)"))
+    parser.add_argument("--quantize", choices=["int8", "q8_0"], help=_("weights in 8 bits: int8 of ONNX, q8_0 of GGUF"))
     compared(parser)
 
 
