@@ -25,7 +25,7 @@ from danlu.export.parity import Artefact
 from danlu.generate import writes
 from danlu.words import _
 
-PLAIN = ("logits", "nsp", "sop", "pooled", "hidden")     # what is asked of a model without a task, the first that is there
+PLAIN = ("logits", "nsp", "sop", "hidden")     # what is asked of a model without a task, the first that is there
 TOKENS, ROWS = 64, 8                                     # of a row, at most; rows, unless the user says
 
 

@@ -6,9 +6,10 @@ or classes, V vocabulary.  Names of inputs and outputs are those of `transformer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -205,6 +206,14 @@ def named(prefix: str, kind: str, said: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{before}sentence_embedding", F.normalize(said[:, 0], dim=-1)
     else:
         yield f"{before}logits", said
+
+
+def said(out: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return what a graph says of one row, from its outputs without their first dimension: that of the first head, in float64."""
+    if "start_logits" in out:
+        return np.stack([out["start_logits"], out["end_logits"]], -1).astype(np.float64)
+    told = next((out[name] for name in ("logits", "sentence_embedding") if name in out), next(iter(out.values())))
+    return np.asarray(told, np.float64)
 
 
 def _outputs(cfg: Encoder | Decoder) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from danlu.errors import ConfigError, DataError
 from danlu.evaluate.subject import Subject
 from danlu.export import source
 from danlu.export.beside import Beside
-from danlu.export.graph import Graph, graph_of, shapes
+from danlu.export.graph import Graph, graph_of, said, shapes
 from danlu.models.build import Network
 from danlu.words import _
 
@@ -189,11 +189,7 @@ class Onnx:
         """Return what is said of one row: [T, V] of a language model, [K], [T, K] or [T, 2] of a task, [D] of a text's vector."""
         row = np.array(ids, np.int64)[None]
         out = self.run(row[:, None] if len(self.inputs["input_ids"]) == 3 else row)
-        said = [out[name][0] for name in self.outputs if not name.startswith("present.")]
-        if "start_logits" in out:
-            return np.stack(said[:2], -1).astype(np.float64)
-        by_name = next((out[name][0] for name in ("logits", "sentence_embedding") if name in out), said[0])
-        return np.asarray(by_name, np.float64)
+        return said({name: told[0] for name, told in out.items()})
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text` by the tokenizer in the folder."""

@@ -17,7 +17,7 @@ from danlu.errors import ConfigError, DataError, SecurityError
 from danlu.evaluate.subject import Subject
 from danlu.export import source
 from danlu.export.beside import Beside
-from danlu.export.graph import graph_of, shapes
+from danlu.export.graph import graph_of, said, shapes
 from danlu.models.build import Network
 from danlu.words import _
 
@@ -52,7 +52,7 @@ def write(folder: Path, model: Network) -> Path:
         warnings.simplefilter("ignore")
         program = torch.export.export(graph.module, tuple(graph.inputs.values()), dynamic_shapes=shapes(graph))
         program._example_inputs = None           # type: ignore[assignment]  # or they would be pickled into the file
-        named = {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
+        named = {"inputs": list(graph.inputs), "outputs": list(graph.outputs), "dimensions": graph.inputs["input_ids"].ndim}
         torch.export.save(program, folder / FILE, extra_files={"danlu.json": json.dumps(named)})
     check(folder / FILE)
     files.flush(folder / FILE)
@@ -101,6 +101,7 @@ class Exported:
             self.program = torch.export.load(path, extra_files=told)
             named = json.loads(told["danlu.json"])
             self.inputs, self.outputs = list(named["inputs"]), list(named["outputs"])
+            self.chooses = named["dimensions"] > 2
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
             raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(path)) from None
         self.module = self.program.module()
@@ -117,11 +118,8 @@ class Exported:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what is said of one row: [T, V] of a language model, [K], [T, K] or [T, 2] of a task, [D] of a text's vector."""
-        out = {name: said[0].double().numpy() for name, said in self.run(torch.tensor([list(ids)])).items()}
-        if "start_logits" in out:
-            return np.stack([out["start_logits"], out["end_logits"]], -1)
-        by_name = next((out[name] for name in ("logits", "sentence_embedding") if name in out), out[self.outputs[0]])
-        return np.asarray(by_name, np.float64)
+        row = torch.tensor([list(ids)])
+        return said({name: told[0].numpy() for name, told in self.run(row[:, None] if self.chooses else row).items()})
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text` by the tokenizer in the folder."""
