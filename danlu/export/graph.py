@@ -230,7 +230,8 @@ def _outputs(cfg: Encoder | Decoder) -> list[tuple[str, str]]:
 
 def _reader(model: EncoderModel | DecoderModel) -> Graph:
     cfg, module = model.cfg, Reader(model).eval()
-    size, axes = (ROWS, TOKENS), {0: "batch_size", 1: "sequence_length"}
+    size: tuple[int, ...] = (ROWS, TOKENS)
+    axes: Axes = {0: "batch_size", 1: "sequence_length"}
     if module.chooses:
         size, axes = (ROWS + 1, CHOICES, TOKENS + 1), {0: "batch_size", 1: "num_choices", 2: "sequence_length"}
     ids = torch.arange(torch.Size(size).numel()).view(size) % (cfg.vocab or 1)
