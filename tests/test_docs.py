@@ -142,6 +142,8 @@ def check_recipe(verb: table.Verb, words: list[str], folder: Path) -> None:
     recipe, overrides = cli.recipe_words(rest)
     if options.get("action") == "schema":
         return
+    if words[0] == "verify" and options["what"] != "layout":     # `danlu verify runs/x`
+        return
     assert recipe is not None
     prepares = words[0] == "prepare" or options.get("about") == "prepare"
     cls, page = (Prepare, "data.md") if prepares else (Run, "training.md")

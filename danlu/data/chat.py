@@ -116,11 +116,15 @@ class Template:
 
     def save(self, folder: Path) -> None:
         """Write chat_template.jinja, with which other tools render the same text; ChatML is written out too."""
-        own = START in self.controls and END in self.controls
-        before, after = (json.dumps(part) for part in TOOLS.format(tools="\0").split("\0"))
-        written = CHATML.replace("TOOLS_BEFORE", before).replace("TOOLS_AFTER", after).replace(
-            "ENDED", f"'{END}\\n'" if own else "eos_token + '\\n'")
-        files.write_text(folder / "chat_template.jinja", self.source or written)
+        files.write_text(folder / "chat_template.jinja", self.source or written(self))
+
+
+def written(template: Template) -> str:
+    """Return ChatML as a Jinja template, for the tokens that `template` has."""
+    own = START in template.controls and END in template.controls
+    before, after = (json.dumps(part) for part in TOOLS.format(tools="\0").split("\0"))
+    return CHATML.replace("TOOLS_BEFORE", before).replace("TOOLS_AFTER", after).replace(
+        "ENDED", f"'{END}\\n'" if own else "eos_token + '\\n'")
 
 
 def weighed(turns: Sequence[Turn], learn: str) -> tuple[Turn, ...]:

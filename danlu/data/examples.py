@@ -22,7 +22,7 @@ from danlu.data import detect, records, shards, suspect
 from danlu.data.blocks import Reject
 from danlu.data.encode import Encoder, Made, encode
 from danlu.data.example import Asked, Chosen, Content, Labelled, Similar, Tagged, Unusable
-from danlu.data.inputs import ROW_BYTES, Input
+from danlu.data.inputs import ROW_BYTES, Input, resolve
 from danlu.data.split import Split
 from danlu.errors import DataError
 from danlu.words import _
@@ -236,9 +236,15 @@ def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Enc
             by.template.save(temporary / "tokenizer")
         shards.write_manifest(temporary, {
             "tokenizer": by.tokenizer.sha256, "dtype": by.tokenizer.dtype, "splits": entries, "files": list(named),
-            "texts": {split: files.sha256(Path(file.name)) for split, file in store.texts.items()}, "inputs": [],
+            "texts": {split: files.sha256(Path(file.name)) for split, file in store.texts.items()}, "inputs": _inputs(item),
             "counts": told, "labels": list(by.labels), **facts})
     return told
+
+
+def _inputs(item: Input) -> list[dict[str, Any]]:
+    """Return what the manifest says of each file that was read: its size and hash, null for what cannot be read again."""
+    return [{"path": file.path, "bytes": file.size, "sha256": None if file.size is None else files.sha256(Path(file.path))}
+            for file in resolve([item])]
 
 
 def _learned(made: Made) -> int:

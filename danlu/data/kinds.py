@@ -39,6 +39,8 @@ Digits = Annotated[int, Field(ge=1, le=16, description="Most digits in one token
 Bytes = Annotated[int, Field(ge=1, description="Most bytes of text that training reads.")]
 Alphabet = Annotated[int | None, Field(ge=1, description="Most places for single characters, the frequent ones first; "
                                                          "null: half of the vocabulary.")]
+Cut = Annotated[Literal["danlu", "gpt2", "llama3", "qwen2"], Field(
+    description="Rule that cuts text into words: danlu (with `han` and `digits`), or another's, which llama.cpp knows by name.")]
 AddBos = Annotated[bool, Field(description="Put bos before each document.")]
 AddEos = Annotated[bool | None, Field(description="Put eos after each document; null: where there is one, "
                                                   "unless `masked`.")]
@@ -50,6 +52,7 @@ class BPE(Model):
     kind: Literal["bpe"] = "bpe"
     vocab: Vocab = 8192
     min_frequency: Seen = 2
+    cut: Cut = "danlu"
     han: HanRun = 4
     digits: Digits = 3
     text_bytes: Bytes = 1 << 28
@@ -226,12 +229,21 @@ def pattern(han: int, digits: int) -> str:
     ))
 
 
+_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# The rules of others, as they spell them.  Their runs have no bound: Chinese takes more memory to train on.
+CUTS: Mapping[str, str] = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": rf"{_WORD}\p{{N}}{{1,3}}{_REST}", "qwen2": rf"{_WORD}\p{{N}}{_REST}"}
+
+
 def untrained(cfg: Trained, model: Any = None) -> Raw:
     """Return the normalizer, pre-tokenizer and decoder of `cfg` around `model`, an empty one when not given."""
     match cfg:
         case BPE():
             raw = Raw(model or models.BPE())
-            split = pre_tokenizers.Split(Regex(pattern(cfg.han, cfg.digits)), "isolated")
+            split = pre_tokenizers.Split(Regex(CUTS.get(cfg.cut) or pattern(cfg.han, cfg.digits)), "isolated")
             raw.pre_tokenizer = pre_tokenizers.Sequence(
                 [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
             raw.decoder = decoders.ByteLevel()

@@ -141,10 +141,12 @@ def write(folder: Path, number: int, arrays: Mapping[str, np.ndarray]) -> Entry:
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Write DIR/manifest.json, after which the prepared data is complete; return it with schema and fingerprint.
 
-    `content` has tokenizer (SHA-256), dtype, splits {name: [Entry …]}, files, inputs, counts and config.
+    `content` has tokenizer (SHA-256), dtype, splits {name: [Entry …]}, files, inputs, counts and config.  The hashes of the
+    tokenizer's files are told, too.
     """
     splits = {name: [Entry(*entry)._asdict() for entry in entries] for name, entries in content["splits"].items()}
-    manifest = {"schema": SCHEMA, **content, "splits": splits}
+    beside = {p.name: files.sha256(p) for p in sorted((folder / "tokenizer").glob("*")) if p.is_file()}
+    manifest = {"schema": SCHEMA, **content, **({"tokenizer_files": beside} if beside else {}), "splits": splits}
     manifest["fingerprint"] = fingerprint(manifest)
     files.write_json(folder / "manifest.json", manifest)
     return manifest

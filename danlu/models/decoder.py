@@ -326,7 +326,7 @@ class DecoderModel(nn.Module):
             return head(self.norm(x))                                                   # type: ignore[no-any-return]
         if task.kind == "embed":
             return pooled(self.norm(x), segments, 1 if ends is None or ends.ndim == 1 else ends.shape[1])
-        places = torch.full((len(x), 1), x.shape[1] - 1, device=x.device) if ends is None else ends.reshape(len(x), -1)
+        places = torch.full((x.shape[0], 1), x.shape[1] - 1, device=x.device) if ends is None else ends.reshape(x.shape[0], -1)
         said: Tensor = head(self.norm(x.gather(1, places[:, :, None].expand(-1, -1, x.shape[-1]))))     # [B, P, K]
         return said[:, 0] if task.kind == "classify" else said[..., 0]
 

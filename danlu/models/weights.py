@@ -260,17 +260,22 @@ def write_folder(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, like
         index = {"metadata": {"total_size": sum(record.bytes for record in written.values())}, "weight_map": listed}
         files.write_json(folder / "model.safetensors.index.json", index)
     fault("weights.before_config")
-    special = {} if tokenizer is None else _special(tokenizer)
-    if isinstance(cfg, encoder.Encoder):
-        encoder_config.check_pad(cfg, special.get("pad_token_id", cfg.pad))
-    kinds = {str(spec.dtype).removeprefix("torch.") for spec in specs}
-    kind = {"torch_dtype": kinds.pop()} if len(kinds) == 1 else {}
-    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **({} if cfg.kind == "foreign" else special)})
-    files.write_json(folder / "generation_config.json", special)
+    kinds = {spec.dtype for spec in specs}
+    write_config(folder, cfg, dtype=kinds.pop() if len(kinds) == 1 else None, tokenizer=tokenizer)
     sentences.write(folder, cfg)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
     return written
+
+
+def write_config(folder: Path, cfg: Config, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
+    """Write config.json and generation_config.json.  dtype: that of all weights; tokenizer: whose special ids they name."""
+    special = {} if tokenizer is None else _special(tokenizer)
+    if isinstance(cfg, encoder.Encoder):
+        encoder_config.check_pad(cfg, special.get("pad_token_id", cfg.pad))
+    kind = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
+    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **kind, **({} if cfg.kind == "foreign" else special)})
+    files.write_json(folder / "generation_config.json", special)
 
 
 def copy_tokenizer(tokenizer: Path, folder: Path) -> None:

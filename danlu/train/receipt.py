@@ -12,6 +12,8 @@ import torch
 
 import danlu
 from danlu import config, files
+from danlu.adapt import folder as adapters
+from danlu.models import weights
 from danlu.parallel import launched
 from danlu.train.recipe import Run
 from danlu.words import _
@@ -62,6 +64,29 @@ def elsewhere(then: dict[str, Any]) -> list[str]:
     return differences({name: str(then.get(name))[:24] for name in now}, now)
 
 
+STAMPED = ("config.json", "generation_config.json", "manifest.json", "parity.json", adapters.OURS, *weights.TOKENIZER_FILES)
+
+
+def stamp(folder: Path) -> dict[str, Any]:
+    """Return what stands for a folder of weights in receipts: where it is, and the hash of every file that makes the model.
+
+    Of averaged weights (a checkpoint's `ema`) the manifest beside them is told, too, as ../manifest.json.
+    """
+    found = adapters.Base.of(folder)
+    told = {name: files.sha256(folder / name) for name in STAMPED if (folder / name).is_file()}
+    above = folder.parent / "manifest.json"
+    if folder.name == "ema" and above.is_file():
+        told["../manifest.json"] = files.sha256(above)
+    return {"path": str(found.folder), "sha256": {**found.sha256, **told}}
+
+
+def began_with(run: Run) -> dict[str, Any]:
+    """Return what receipts tell of the weights that a run begins with: `start`, and the adapter that goes on learning."""
+    adapter = run.adapt.model_dump().get("start") if run.adapt is not None else None
+    given = {"start": run.start, "adapter": adapter}
+    return {name: stamp(Path(path)) for name, path in given.items() if path is not None}
+
+
 def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, parameters: int, choice: dict[str, str],
           audit: dict[str, Any]) -> None:
     """Write run.json and recipe.yaml."""
@@ -69,8 +94,8 @@ def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, param
     files.write_text(run.out / "recipe.yaml", config.to_yaml(again))
     files.write_json(run.out / "run.json", {
         "schema": 1, "kind": "train", "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": config.dump(run),
-        "data": data_records, "tokenizer": tokenizer, "parameters": parameters, "choice": choice, "audit": audit,
-        "machine": machine(),
+        **began_with(run), "data": data_records, "tokenizer": tokenizer, "parameters": parameters, "choice": choice,
+        "audit": audit, "machine": machine(),
     })
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ class Saver:
         self.last = last
         self.lost: str | None = None
         crew = Crew(work.engine.world.saving)
+        self.began: dict[str, Any] = crew.first(lambda: receipt.began_with(run))
         self.adapter = None if run.adapt is None or run.start is None else folder.Stored(
             run.adapt, crew.first(lambda: folder.Base.of(run.start or Path())))
 
@@ -45,7 +47,7 @@ class Saver:
                  "scaler": work.engine.scaler.state_dict() if work.engine.scaler else None}
         facts = {"run": config.dump(run), "tokenizer": self.data.tokenizer.sha256, "data": self.data.fingerprint,
                  "precision": run.precision, "choice": self.choice.record(), **receipt.machine(),
-                 "parent": self.last.name if self.last else None}
+                 "parent": self.last.name if self.last else None, **self.began}
         return checkpoint.snapshot(progress.step, run.model, work.model, work.optimizer, ema=work.ema, state=state,
                                    facts=facts, tokenizer=self.data.folder, copy=self.writer.spare, own=own,
                                    adapter=self.adapter)

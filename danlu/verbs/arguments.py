@@ -27,7 +27,8 @@ def launch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["layout"], help=_("what to verify: layout = the recipe's layout against one process"))
+    parser.add_argument("what", help=_("layout = the recipe's layout against one process; or the path of a run, a checkpoint or "
+                                       "an artefact, whose hashes are computed anew, back to the raw files"))
     parser.add_argument("--steps", type=int, default=4, help=_("steps to compare"))
     parser.add_argument("--precision", default="fp64", choices=["fp64", "fp32"], help=_("arithmetic of both"))
     parser.add_argument("--tolerance", type=float, help=_("largest relative difference allowed (default: 1e-6, in fp32 1e-3)"))
@@ -181,6 +182,32 @@ def merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: the base's)"))
     parser.add_argument("--tolerance", type=float,
                         help=_("largest difference allowed, as a share of the largest number said (default: by dtype)"))
+
+
+def parity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help=_("run folder, checkpoint, or any exported folder; danlu:PATH, hf:PATH … say what opens it"))
+    parser.add_argument("b", help=_("what is compared with it"))
+    parser.add_argument("--data", type=Path, help=_("JSON lines with text, messages or ids (default: what the run held out)"))
+    compared(parser)
+
+
+def compared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, help=_("most rows to compare on (default: 8)"))
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
+                        help=_("what may differ: difference, kl, top1, greedy; may be repeated (default: by the kind)"))
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--to", required=True, choices=["hf", "peft", "onnx", "gguf", "torch-export"], help=_("what is written"))
+    parser.add_argument("--out", type=Path, required=True, help=_("new folder to write"))
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: as they are)"))
+    parser.add_argument("--quantize", choices=["int8", "q8_0"], help=_("weights in 8 bits: int8 of ONNX, q8_0 of GGUF"))
+    compared(parser)
+
+
+def lineage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help=_("run folder, checkpoint, exported folder or prepared data"))
 
 
 def inspect(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`danlu verify layout file.yaml layout.dp=2 …`: shows that a layout changes nothing."""
+"""`danlu verify layout file.yaml layout.dp=2 …`: a layout changes nothing.  `danlu verify runs/x`: nothing has been changed."""
 
 from __future__ import annotations
 
@@ -6,26 +6,37 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from danlu import config, files
-from danlu.errors import ConfigError, NumericError
+from danlu.errors import ConfigError, IncompatibleError, NumericError
 from danlu.log import say
 from danlu.train import launch
 from danlu.train.recipe import Run
 from danlu.verbs import needed
 from danlu.words import _
 
+if TYPE_CHECKING:
+    from danlu.export.check import Found
+
 TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3}
 
 
 def main(file: Path | None, overrides: list[str], *, what: str, steps: int, precision: str, tolerance: float | None,
          against: Path | None, command: list[str], as_json: bool) -> int:
-    """Train some steps in one process and under the layout; NumericError if they differ by more than `tolerance`."""
+    """Train some steps in one process and under the layout; NumericError if they differ by more than `tolerance`.
+
+    what: "layout", or the path of a run, a checkpoint or an artefact, of which every hash is computed anew.
+    """
+    if what != "layout":
+        if file is not None or overrides:
+            raise ConfigError(_("one path is verified at a time"), where=_("command line"), fix="danlu verify runs/x")
+        return artefact(Path(what), as_json=as_json)
     allowed = TOLERANCE[precision] if tolerance is None else tolerance
     run = config.load(Run, needed(file), overrides)
     if run.layout.world == 1 or run.layout.local is not None:
@@ -66,3 +77,37 @@ def show(made: list[dict[str, Any]]) -> None:
         name = max(step["gradients"], key=step["gradients"].__getitem__)
         table.add_row(str(number + 1), f"{step['loss']:.1e}", f"{step['norm']:.1e}", f"{step['gradients'][name]:.1e}", name)
     Console(file=sys.stdout).print(table)
+
+
+def artefact(path: Path, *, as_json: bool) -> int:
+    """Compute every hash in the line of `path` anew and print what has changed and what that spoils; 4 if something has."""
+    from danlu.export import check, lineage  # imports torch
+
+    found = check.check(lineage.walk(path))
+    changed = [one for one in found if one.state == "changed"]
+    if as_json:
+        print(json.dumps({"path": str(path), "whole": not changed, "found": [one.record() for one in found]}, ensure_ascii=False))
+    else:
+        for one in reversed(found):                      # from the raw files on
+            for line in _lines(one):
+                print(line)
+    if changed:
+        first = changed[-1]
+        spoiled = [str(one.node.path) for one in found if one.state == "spoiled"]
+        raise IncompatibleError(
+            _("{n} changed: {what}").format(
+                n=len(changed), what="; ".join(f"{one.node.path}: {one.changed[0]}" for one in changed)),
+            where=str(first.node.path), fix=_("put back what it was, or make again what came after: {after}").format(
+                after=", ".join(spoiled) or _("nothing")))
+    left = sum(bool(one.untold) for one in found)
+    say(_("{path}: every recorded hash fits").format(path=path) if not left else _(
+        "{path}: every recorded hash fits; of {n} things not all could be checked").format(path=path, n=left))
+    return 0
+
+
+def _lines(one: Found) -> Iterator[str]:
+    """Yield what is printed of one thing."""
+    yield _("{state}: {what} {path}").format(state=_(one.state), what=_(one.node.what), path=one.node.path)
+    yield from (f"    {line}" for line in one.changed)
+    yield from (_("    came from {path}, which has changed").format(path=path) for path in one.spoiled_by)
+    yield from (_("    not checked: {why}").format(why=why) for why in one.untold)

@@ -1,0 +1,1 @@
+"""Models for other runtimes, each compared there with what it was made from."""

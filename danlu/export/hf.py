@@ -1,0 +1,51 @@
+"""A Hugging Face folder: weights, tokenizer, chat template, what stops it, a card; an adapter merged into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danlu import files
+from danlu.adapt import folder as adapters
+from danlu.adapt.merge import DTYPES
+from danlu.errors import ConfigError
+from danlu.evaluate.subject import Subject
+from danlu.export import artefacts, source
+from danlu.export.card import card
+from danlu.export.parity import Artefact
+from danlu.export.theirs import Transformers, installed
+from danlu.log import say
+from danlu.models import weights
+from danlu.words import _
+
+if TYPE_CHECKING:
+    from danlu.export.table import Options
+
+
+def write(subject: Subject, folder: Path, options: Options) -> None:
+    """Write the model into an existing, empty `folder`, an adapter merged in float32 and rounded once."""
+    if options.quantize is not None or artefacts.kind_of(subject) == "quantized":
+        raise ConfigError(_("a Hugging Face folder in few bits is written by another verb"), where="--quantize",
+                          fix=f"danlu quantize {subject.folder}")
+    model = source.merged(subject)
+    weights.write_folder(folder, model.cfg, model.state_dict(), dtype=DTYPES[options.dtype or source.dtype_of(subject)],
+                         tokenizer=adapters.tokenizer_in(subject.folder))
+    source.speak(subject, folder)
+    files.write_text(folder / "README.md", card(subject, library="transformers"))
+
+
+def holds(path: Path) -> bool:
+    """Return whether `path` is a plain Hugging Face folder: a model, none of a run's, with nothing that only Danlu reads."""
+    file = path / "config.json"
+    if not file.is_file() or (path / "manifest.json").is_file() or (path.parent / "manifest.json").is_file():
+        return False
+    told = weights.read_json(file)
+    return "danlu" not in told and "quantization_config" not in told
+
+
+def open(path: Path) -> Artefact:
+    """Return the folder in transformers; in Danlu, saying so, where that is not installed."""
+    if not installed("transformers"):
+        say(_("transformers is not installed: {folder} is opened by Danlu alone").format(folder=path.name))
+        return artefacts.opened(path)
+    return Transformers(path)
