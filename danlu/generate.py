@@ -80,7 +80,12 @@ def _generate(model: Writer, ids: list[int], most: int, *, pick: Callable[[Tenso
 def choose(logits: Tensor, read: Sequence[int], *, temperature: float, top_k: int | None, top_p: float | None,
            repetition_penalty: float, seed: int, number: int) -> int:
     """Return the id of new token `number` from its logits [V], after the ids `read`."""
-    logits = penalise(logits, read, repetition_penalty)
+    return draw(penalise(logits, read, repetition_penalty), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                number=number)
+
+
+def draw(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, seed: int, number: int) -> int:
+    """Return the id of new token `number` from its logits [V], which hold all penalties already."""
     if temperature == 0:
         return int(logits.argmax())
     logits = keep_probable(keep_best(logits / temperature, top_k), top_p)

@@ -19,7 +19,7 @@ from danlu.config import Model
 from danlu.errors import IncompatibleError
 from danlu.nn import attention, head, placed
 from danlu.nn.ahead import Ahead
-from danlu.nn.cache import Cache, Past
+from danlu.nn.cache import Cache, Past, Step, StepPast
 from danlu.nn.candidates import speak
 from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.drop import dropout
@@ -218,7 +218,7 @@ class Block(nn.Module):
         self.mlp = MLP(cfg.width, cfg.hidden, activation=cfg.activation, gated=cfg.gated, bias=cfg.mlp_bias)
 
     def forward(self, x: Tensor, see: attention.Sight, rotary: tuple[Tensor, Tensor] | None = None,
-                past: Past | None = None) -> Tensor:
+                past: Past | StepPast | None = None) -> Tensor:
         """Return x [B, T, D] with what this block adds to it."""
         x = x + dropout(self.attention(self.norm1(x), see, rotary=rotary, past=past), self.dropout, self.training)
         return x + dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
@@ -254,7 +254,7 @@ class DecoderModel(nn.Module):
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
                 ends: Tensor | None = None, starts: Tensor | None = None, candidates: Tensor | None = None,
-                soften: Tensor | None = None, cache: Cache | None = None, last: bool = False, most: int = 0) -> Any:
+                soften: Tensor | None = None, cache: Cache | Step | None = None, last: bool = False, most: int = 0) -> Any:
         """Return {"logits" [B, T, V], "hidden" [B, T, D]}, or with labels [B, T] {"lm": Scores}.
 
         ids, positions, segments [B, T]; weights [B, T], 0 where nothing is learned.  candidates, soften, most: see
@@ -269,7 +269,7 @@ class DecoderModel(nn.Module):
         return self.leave(x[:, skip:], labels, weights, last=last, segments=segments, ends=ends, candidates=candidates,
                           soften=soften, most=most) if self.last else x
 
-    def enter(self, ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
+    def enter(self, ids: Tensor, positions: Tensor | None, cache: Cache | Step | None) -> Tensor:
         """Return the embedded ids [B, T, D]; in a later stage of a pipeline `ids` are that already."""
         if ids.is_floating_point():
             return ids
@@ -283,20 +283,21 @@ class DecoderModel(nn.Module):
         if not past:
             x = self.ahead.join(x)
         if self.position is not None:
-            x = x + self.position(self._places(x.shape[1], ids.device, positions, past))
+            x = x + self.position(self._places(x.shape[1], ids.device, positions, cache))
         return self.strip.cut(dropout(x, cfg.dropout, self.training))
 
-    def through(self, x: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
+    def through(self, x: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | Step | None) -> Tensor:
         """Return what the last block makes of x [B, T, D]."""
         assert cache is None or segments is None, "a cache holds one document a row"
         cfg, tokens, past = self.cfg, x.shape[1] * self.strip.size, 0 if cache is None else cache.length
         dtype = attention.working_dtype(x)
-        places = self._places(tokens, x.device, positions, past)
+        places = self._places(tokens, x.device, positions, cache)
         rotary = None if cfg.position == "learned" else turn(places, self.angles, self.sharpen, dtype)
         sights = []
         for window in (cfg.window, None):
             sights.append(attention.sight(tokens, causal=True, device=x.device, dtype=dtype, window=window,
-                                          segments=self.ahead.segments(segments), past=past, span=self.span))
+                                          segments=self.ahead.segments(segments), past=past, span=self.span,
+                                          lengths=None if cache is None else cache.lengths))
             sights[-1] = self.ahead.see(sights[-1], x)
             if cfg.window is None or not cfg.full_layers:
                 break
@@ -339,13 +340,14 @@ class DecoderModel(nn.Module):
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
         return speak("lm", x, table, labels, weights, index=index, **of)
 
-    def _places(self, tokens: int, device: torch.device, positions: Tensor | None, past: int) -> Tensor:
+    def _places(self, tokens: int, device: torch.device, positions: Tensor | None, cache: Cache | Step | None) -> Tensor:
         """Return the places of the tokens in their documents, [B or 1, T]."""
         if positions is not None:
             return self.ahead.positions(positions)
         if self.span is not None:
             return self.span.mine[None] + self.ahead.keys
-        return torch.arange(past, past + tokens, device=device)[None] + self.ahead.keys
+        past = 0 if cache is None else cache.length if cache.lengths is None else cache.lengths[:, None]
+        return torch.arange(tokens, device=device)[None] + past + self.ahead.keys
 
     def use(self, choice: Choice) -> Self:
         """Compute by the paths of `choice` from now on."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from danlu.nn.cache import Past
+from danlu.nn.cache import Past, StepPast
 from danlu.nn.collective import Span
 from danlu.nn.drop import mask
 from danlu.nn.norm import RMSNorm
@@ -32,8 +32,8 @@ class Sight(NamedTuple):
 
 
 def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch.dtype, window: int | None = None,
-          segments: Tensor | None = None, past: int = 0, span: Span | None = None) -> Sight:
-    """Return what `tokens` new queries see, after `past` tokens that a cache holds.
+          segments: Tensor | None = None, past: int = 0, lengths: Tensor | None = None, span: Span | None = None) -> Sight:
+    """Return what `tokens` new queries see, after `past` tokens that a cache holds; lengths [B]: of each row as many.
 
     segments [B, S]: a token sees only tokens of its own segment.  Padding (0) is a segment of its own: it sees only
     padding, so nothing real depends on it and no row of the softmax is empty.  span: the queries are these tokens of
@@ -45,6 +45,10 @@ def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch
         allowed = torch.ones(len(span.mine), len(span.order), dtype=torch.bool, device=device)
         return Sight(False, None, _bias(allowed, query, key, causal, window, theirs, dtype))
     seen = past + tokens
+    if lengths is not None:
+        query = lengths[:, None, None, None] + torch.arange(tokens, device=device)[:, None]          # [B, 1, T, 1]
+        allowed = torch.ones(len(lengths), 1, tokens, seen, dtype=torch.bool, device=device)
+        return Sight(False, None, _bias(allowed, query, torch.arange(seen, device=device), True, window, None, dtype))
     if window is not None and window >= seen:
         window = None
     if segments is None and window is None and (past == 0 or tokens == 1 or not causal):
@@ -69,14 +73,15 @@ def with_ahead(see: Sight, ahead: int, tokens: int, *, device: str | torch.devic
 
 def _bias(allowed: Tensor, query: Tensor, key: Tensor, causal: bool, window: int | None,  # noqa: PLR0917
           segments: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
-    """Return 0 where query [T, 1] sees key [S], -inf where not: [B or 1, 1, T, S]."""
+    """Return 0 where query [T, 1] or [B, 1, T, 1] sees key [S], -inf where not: [B or 1, 1, T, S]."""
     if causal:
         allowed &= key <= query
     if window is not None:
         allowed &= key > query - window
         if not causal:
             allowed &= key < query + window
-    allowed = allowed[None, None] if segments is None else allowed & (segments[0] == segments[1])     # [B or 1, 1, T, S]
+    allowed = allowed.expand(1, 1, -1, -1) if allowed.ndim == 2 else allowed                            # [B or 1, 1, T, S]
+    allowed = allowed if segments is None else allowed & (segments[0] == segments[1])
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
 
 
@@ -111,7 +116,7 @@ class Attention(nn.Module):
         self.k_norm = None if qk_norm is None else RMSNorm(self.head_width, qk_norm, device=device)
 
     def forward(self, x: Tensor, see: Sight, *, rotary: tuple[Tensor, Tensor] | None = None,
-                past: Past | None = None) -> Tensor:
+                past: Past | StepPast | None = None) -> Tensor:
         """Return [B, T, D].  `rotary` = (cos, sin), each [B or 1, T, K/2]; `past` is extended in place."""
         q = self.q(x).unflatten(-1, (-1, self.head_width))      # [B, T, H, K]; -1 holds under tensor parallelism
         k = self.k(x).unflatten(-1, (-1, self.head_width))      # [B, T, G, K]
