@@ -73,7 +73,8 @@ class Row:
         self._ids.append(token)
         if self.how.logprobs is not None:
             self._logprobs += told(logits[None], [token], self.how.logprobs)
-        text, finish = self.speech.add(token), None
+        text = self.speech.add(token)
+        finish: Finish | None = None
         if self.matcher is not None:
             self.matcher.take(token)
         if self.speech.stopped or (self.matcher is not None and self.matcher.complete):
