@@ -17,6 +17,8 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError
 from danlu.words import _
 
+SPELT = {"whitespace_flexible": False}      # `{"a": 1, "b": 2}`, or a weak model could add blanks for ever
+
 
 class Grammar:
     """What llguidance knows of a tokenizer; made once, because it reads the whole vocabulary."""
@@ -30,7 +32,7 @@ class Grammar:
 
     def start(self, schema: dict[str, Any]) -> Matcher:
         """Return what watches over one answer.  Raises ConfigError for a schema that is wrong or asks for too much."""
-        grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPELT)
         wrong, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         if wrong:
             raise ConfigError(_("this JSON schema cannot be obeyed: {why}").format(why=" ".join(messages)[:500]), where="schema")
