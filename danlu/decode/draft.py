@@ -45,10 +45,10 @@ def write(model: Writer, draft: Writer, ids: Sequence[int], how: Sampling, *, en
     if how.form is not None or how.stop or how.logprobs is not None or ahead < 1:
         raise ConfigError(_("a draft model cannot be used together with a schema, stop strings or logprobs"))
     check(model, ids, how)
-    return _write(model, draft, list(ids), how, frozenset(ends), ahead, luck or Luck())
+    return _write(model, draft, ids=list(ids), how=how, ends=frozenset(ends), ahead=ahead, luck=luck or Luck())
 
 
-def _write(model: DecoderModel, draft: DecoderModel, ids: list[int], how: Sampling, ends: frozenset[int], ahead: int,
+def _write(model: DecoderModel, draft: DecoderModel, *, ids: list[int], how: Sampling, ends: frozenset[int], ahead: int,
            luck: Luck) -> Iterator[int]:
     assert not model.training and not draft.training, "dropout would blur the text: call model.eval() first"
     large, small = Cache(model.cfg.layers, model.cfg.context), Cache(draft.cfg.layers, draft.cfg.context)
@@ -56,8 +56,8 @@ def _write(model: DecoderModel, draft: DecoderModel, ids: list[int], how: Sampli
     while len(new) < how.max_new_tokens:
         with torch.inference_mode():
             room = min(ahead, how.max_new_tokens - len(new) - 1, draft.cfg.context - draft.ahead.room() - len(ids) - len(new))
-            proposals = _propose(draft, small, ids, new, how, seed, max(0, room))
-            fresh = _judge(model, large, ids, new, how, seed, proposals)
+            proposals = _propose(draft, small, ids, new, how=how, seed=seed, most=max(0, room))
+            fresh = _judge(model, large, ids, new, how=how, seed=seed, proposals=proposals)
             known = len(ids) + len(new) + len(fresh) - 1                    # the last id was read by neither
             large.cut(known + model.ahead.tokens)
             small.cut(known + draft.ahead.tokens)
@@ -69,7 +69,7 @@ def _write(model: DecoderModel, draft: DecoderModel, ids: list[int], how: Sampli
             yield token
 
 
-def _propose(draft: DecoderModel, cache: Cache, ids: list[int], new: list[int], how: Sampling, seed: int,
+def _propose(draft: DecoderModel, cache: Cache, ids: list[int], new: list[int], *, how: Sampling, seed: int,
              most: int) -> list[tuple[int, Tensor]]:
     """Return up to `most` ids, each with the probabilities [V] that it was drawn from."""
     found: list[tuple[int, Tensor]] = []
@@ -81,7 +81,7 @@ def _propose(draft: DecoderModel, cache: Cache, ids: list[int], new: list[int], 
     return found
 
 
-def _judge(model: DecoderModel, cache: Cache, ids: list[int], new: list[int], how: Sampling, seed: int,
+def _judge(model: DecoderModel, cache: Cache, ids: list[int], new: list[int], *, how: Sampling, seed: int,
            proposals: list[tuple[int, Tensor]]) -> list[int]:
     """Return the proposals that are taken, and one id more, from a single pass of the model."""
     tokens = [token for token, _q in proposals]

@@ -248,6 +248,7 @@ class DecoderModel(nn.Module):
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
+        self.speaks: nn.Module | None = None             # the vocabulary's head as `decode.pack` lays it out
         # No buffer: `to_empty` would leave it without content.
         self.angles, self.sharpen = frequencies(cfg.head_width, cfg.rope_theta, cfg.scaling)
 
@@ -334,7 +335,7 @@ class DecoderModel(nn.Module):
         table = self.embed.weight if self.head is None else self.head.weight
         if labels is None:
             x = self.norm(x[:, -1:] if last else x)
-            return {"logits": head.logits(x, table), "hidden": x}
+            return {"logits": head.logits(x, table) if self.speaks is None else self.speaks(x), "hidden": x}
         chosen = labels if weights is None else weights
         index = head.learned(chosen, everything=weights is None)
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]

@@ -124,6 +124,19 @@ def generate(parser: argparse.ArgumentParser) -> None:
                         help=_("above 1: tokens already there become less likely"))
     parser.add_argument("--stop", action="append", default=[], help=_("text that ends the answer; may be repeated"))
     parser.add_argument("--seed", type=int, default=0, help=_("same seed, same text"))
+    parser.add_argument("--n", type=int, default=1, help=_("so many answers, the seeds one after the other"))
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=1,
+                        help=_("the likeliest answer of a beam search so wide"))
+    parser.add_argument("--length-penalty", "--length_penalty", type=float, default=1.0,
+                        help=_("of a beam search: above 0 favours longer answers"))
+    parser.add_argument("--draft", type=Path,
+                        help=_("a small model with the same tokenizer that proposes tokens: faster, the same text"))
+    parser.add_argument("--schema", type=Path, help=_("a JSON schema that the answer obeys"))
+    parser.add_argument("--data", type=Path, help=_("JSON lines with a prompt each, answered many at a time"))
+    parser.add_argument("--out", type=Path, help=_("file for the answers to --data"))
+    parser.add_argument("--batch", type=int, default=16, help=_("answers written at a time"))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "int8"],
+                        help=_("arithmetic of the model; int8 on a CPU"))
 
 
 def merge(parser: argparse.ArgumentParser) -> None:
