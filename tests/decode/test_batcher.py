@@ -17,6 +17,7 @@ from danlu.decode import Batcher, Full, Piece, Sampling, Ticket
 from danlu.errors import ConfigError, TemporaryError
 from danlu.generate import generate
 from danlu.models.decoder import DecoderModel
+from danlu.nn.paths import Choice
 
 
 def ids(ticket: Ticket) -> list[int]:
@@ -42,6 +43,16 @@ def test_every_text_is_what_it_is_alone(make: str, chunk: int) -> None:
         tickets = [batcher.submit(prompt, how) for prompt, how in asked]
         got = [ids(ticket) for ticket in tickets]
     assert got == [alone(model, prompt, how) for prompt, how in asked]
+
+
+@pytest.mark.parametrize("path", ["plain", "block"])
+@pytest.mark.parametrize("make", ["grouped", "window"])
+def test_every_path_of_attention_writes_the_same(make: str, path: Any) -> None:
+    model, how = made(make), Sampling(max_new_tokens=15, temperature=0)
+    wanted = [alone(model, prompt, how) for prompt in prompts(4)]
+    model.use(Choice(attention=path))
+    with Batcher(model, tokenizer(), slots=4, queue=4) as batcher:
+        assert [ids(ticket) for ticket in [batcher.submit(prompt, how) for prompt in prompts(4)]] == wanted
 
 
 def test_prefix_blocks_are_computed_once_and_change_nothing() -> None:
