@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from danlu.data.encode import Encoder, encode
 from danlu.data.example import Chat, Content, Segments, Tokens, Unusable
 from danlu.data.examples import FIRST
 from danlu.data.inputs import Input
+from danlu.decode import Sampling
+from danlu.decode.many import answers as write_answers
 from danlu.errors import ConfigError, DataError
 from danlu.evaluate import metrics, text
 from danlu.evaluate.interval import Estimate, estimate
@@ -25,11 +28,12 @@ from danlu.evaluate.metrics import Judged
 from danlu.evaluate.record import whole
 from danlu.evaluate.score import Document
 from danlu.evaluate.subject import Subject
-from danlu.generate import endings, generate, writes
+from danlu.generate import endings, writes
 from danlu.nn import paths
 from danlu.words import _
 
 Write = Callable[[dict[str, Any]], None]
+SLOTS = 16              # answers written side by side
 
 
 def contents(item: Input, names: Mapping[str, str]) -> Iterator[tuple[records.Record, Content]]:
@@ -157,7 +161,7 @@ class Written:
 
 def evaluate(subject: Subject, item: Input, names: Mapping[str, str], how: Writing, *, name: str, precision: str,
              device: torch.device, write: Write) -> Written:
-    """Return how near the answers that the model writes come to those of the rows.  Greedy, one after the other."""
+    """Return how near the answers that the model writes come to those of the rows.  Greedy, some side by side."""
     text.require()
     model: Any = subject.model.to(device).eval()
     if not writes(model):
@@ -167,19 +171,13 @@ def evaluate(subject: Subject, item: Input, names: Mapping[str, str], how: Writi
     began, template = time.perf_counter(), template_of(subject)
     ends, said, wanted, right = endings(template, subject.tokenizer), list[str](), list[str](), list[bool]()
     unended = unanswered = 0
-    for row, content in contents(item, names):
-        try:
-            asked = prompt(content, subject, template)
-        except Unusable as error:
-            raise _unusable(row, error.detail) from None
-        room = min(how.most, model.cfg.context - len(asked.ids))
-        if room < 1:
-            raise _unusable(row, _("{n} prompt tokens fill the model's context of {limit}").format(
-                n=len(asked.ids), limit=model.cfg.context))
-        with parallel.autocast(precision, device):
-            new = list(generate(model, asked.ids, max_new_tokens=room, temperature=0.0, eos=ends))
-        answer = subject.tokenizer.decode(new, special=False)
-        unended += len(new) == room
+    context = model.cfg.context - model.ahead.room()
+    rows = list(_asked(contents(item, names), subject, template, context))
+    asks = [(asked.ids, Sampling(max_new_tokens=min(how.most, context - len(asked.ids)), temperature=0)) for _row, asked in rows]
+    found = write_answers(model, asks, slots=SLOTS, ends=ends, precision=partial(parallel.autocast, precision, device))
+    for (row, asked), (_ids, sampling), new in zip(rows, asks, found, strict=True):
+        answer = subject.tokenizer.decode(new.ids, special=False)
+        unended += len(new.ids) == sampling.max_new_tokens
         told = {"file": row.file, "line": row.line, "text": asked.text, "label": asked.reference, "predicted": answer}
         if pattern is not None:
             both = final(asked.reference, pattern), final(answer, pattern)
@@ -195,6 +193,20 @@ def evaluate(subject: Subject, item: Input, names: Mapping[str, str], how: Writi
     if pattern is not None:
         judged = replace(judged, figures=judged.figures | {"exact_match": _share(right)})
     return Written(name, item.path, subject, judged, len(said), unended, unanswered, precision, time.perf_counter() - began)
+
+
+def _asked(found: Iterable[tuple[records.Record, Content]], subject: Subject, template: chat.Template,
+           context: int) -> Iterator[tuple[records.Record, Prompt]]:
+    """Yield each row with its prompt.  Raises DataError for one that cannot be asked."""
+    for row, content in found:
+        try:
+            asked = prompt(content, subject, template)
+        except Unusable as error:
+            raise _unusable(row, error.detail) from None
+        if len(asked.ids) >= context:
+            raise _unusable(row, _("{n} prompt tokens fill the model's context of {limit}").format(
+                n=len(asked.ids), limit=context))
+        yield row, asked
 
 
 def _share(right: list[bool]) -> Estimate:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from tiny import MAKES, made, prompts, tiny, tokenizer
 
+from danlu.adapt import Adapter, LoRA, Prefix, Prompt
 from danlu.decode import Batcher, Full, Piece, Sampling, Ticket
 from danlu.errors import ConfigError, TemporaryError
 from danlu.generate import generate
 from danlu.models.decoder import DecoderModel
+from danlu.nn.paths import Choice
 
 
 def ids(ticket: Ticket) -> list[int]:
@@ -41,6 +43,16 @@ def test_every_text_is_what_it_is_alone(make: str, chunk: int) -> None:
         tickets = [batcher.submit(prompt, how) for prompt, how in asked]
         got = [ids(ticket) for ticket in tickets]
     assert got == [alone(model, prompt, how) for prompt, how in asked]
+
+
+@pytest.mark.parametrize("path", ["plain", "block"])
+@pytest.mark.parametrize("make", ["grouped", "window"])
+def test_every_path_of_attention_writes_the_same(make: str, path: Any) -> None:
+    model, how = made(make), Sampling(max_new_tokens=15, temperature=0)
+    wanted = [alone(model, prompt, how) for prompt in prompts(4)]
+    model.use(Choice(attention=path))
+    with Batcher(model, tokenizer(), slots=4, queue=4) as batcher:
+        assert [ids(ticket) for ticket in [batcher.submit(prompt, how) for prompt in prompts(4)]] == wanted
 
 
 def test_prefix_blocks_are_computed_once_and_change_nothing() -> None:
@@ -282,3 +294,40 @@ def test_a_stop_string_ends_the_text_and_is_not_told() -> None:
         pieces = list(batcher.submit(prompt, how.model_copy(update={"stop": (stop,)})))
     assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
     assert pieces[-1].finish == "stop"
+
+
+class Several:
+    """What a batcher needs of a switch."""
+
+    def __init__(self, models: dict[str, Any]) -> None:
+        self.models = models
+
+    def use(self, name: str) -> Any:
+        return self.models[name]
+
+
+def adapted(adapt: Adapter) -> Any:
+    model: Any = made("gpt2")
+    adapt.apply(model)
+    adapt.begin(model, 3)
+    source = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=source), alpha=0.3)
+    return model.eval()
+
+
+def test_adapters_are_written_side_by_side_and_share_no_prefix() -> None:
+    models = {"lora": adapted(LoRA(rank=4)), "prefix": adapted(Prefix(tokens=5)), "prompt": adapted(Prompt(tokens=5))}
+    how = Sampling(max_new_tokens=12, temperature=0)
+    asked = [(prompt, name) for prompt in ([7] * 40, [7] * 41, [3, 4]) for name in (None, *models)]
+    with Batcher(tiny("gpt2"), tokenizer(), slots=5, queue=20, chunk=16,
+                 adapters=Several(models)) as batcher:      # type: ignore[arg-type]
+        for _again in range(2):
+            tickets = [batcher.submit(prompt, how, adapter=name) for prompt, name in asked]
+            got = [ids(ticket) for ticket in tickets]
+            assert got == [alone(tiny("gpt2") if name is None else models[name], prompt, how) for prompt, name in asked]
+        first = {name: ticket.cached_tokens for ticket, (_prompt, name) in zip(tickets[:4], asked[:4], strict=True)}
+    assert first == {None: 32, "lora": 32, "prefix": 32, "prompt": 0}           # virtual tokens are read anew
+    assert len({tuple(one) for one in got[:4]}) > 1

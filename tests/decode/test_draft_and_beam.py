@@ -75,8 +75,9 @@ def test_drafts_of_another_vocabulary_are_refused() -> None:
         write(tiny("gpt2"), tiny("gpt2"), [1], Sampling(max_new_tokens=2, stop=("a",)))
 
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "num_key_value_heads": 2}
 THEIRS: dict[str, Any] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64,
                                                bos_token_id=None, eos_token_id=None)),

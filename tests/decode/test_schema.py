@@ -23,7 +23,7 @@ ONE = {"anyOf": [{"const": 7}, {"type": "null"}, {"type": "object", "additionalP
 def test_every_answer_parses_and_is_valid(schema: dict[str, Any]) -> None:
     model = tiny("gpt2")
     with Batcher(model, tokenizer(), slots=4, queue=20) as batcher:
-        tickets = [batcher.submit([1, 2], Sampling(max_new_tokens=90, temperature=t, seed=seed, schema=schema))
+        tickets = [batcher.submit([1, 2], Sampling(max_new_tokens=90, temperature=t, seed=seed, form=schema))
                    for seed, t in enumerate([0, 0.5, 1.0, 2.0, 5.0, 1.0, 1.0, 1.0])]
         beside = batcher.submit([1, 2], Sampling(max_new_tokens=20, temperature=0))
         answers = [list(ticket) for ticket in tickets]
@@ -37,7 +37,7 @@ def test_every_answer_parses_and_is_valid(schema: dict[str, Any]) -> None:
 
 def test_a_schema_that_makes_no_sense_is_its_own_trouble_alone() -> None:
     with Batcher(tiny("gpt2"), tokenizer(), slots=2, queue=2) as batcher:
-        wrong = batcher.submit([1], Sampling(max_new_tokens=9, schema={"type": "no such type"}))
+        wrong = batcher.submit([1], Sampling(max_new_tokens=9, form={"type": "no such type"}))
         right = batcher.submit(prompts(1)[0], Sampling(max_new_tokens=9, temperature=0))
         with pytest.raises(ConfigError, match="schema"):
             list(wrong)
