@@ -215,7 +215,8 @@ def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype
         if isinstance(form, packed.Bits):                # so it is stored, and whole it is computed with
             parts = {part: state.pop(f"{name}.{part}") for part in ("mask", "values") if f"{name}.{part}" in state}
             state[f"{name}.weight"] = form.dense(parts, model.get_submodule(name).in_features)      # type: ignore[arg-type]
-    state = {name: t.to(device, t.dtype if name in own or not t.is_floating_point() else dtype).contiguous()
+    # copied out of the mapped file: where a tensor begins in memory decides how its products are rounded
+    state = {name: t.to(device, t.dtype if name in own or not t.is_floating_point() else dtype, copy=True).contiguous()
              for name, t in state.items()}
     found = model.state_dict()
     wrong = sorted(state.keys() ^ found.keys()) or [name for name, t in state.items() if t.shape != found[name].shape]
