@@ -360,10 +360,11 @@ def become(layer: Any, form: Rounded | Low, parts: Parts | None = None) -> None:
     for name, part in form.parts(*_size(layer)).items():
         tensor = torch.empty(part.shape, dtype=part.dtype, device=device) if parts is None else parts[name].detach().to(part.dtype)
         assert tensor.shape == part.shape, f"{name} is {tuple(tensor.shape)}, not {part.shape}"
+        tensor = tensor.clone(memory_format=torch.contiguous_format)     # also of one column, as it will lie when it is read again
         if isinstance(form, Low):
-            layer.register_parameter(name, nn.Parameter(tensor.contiguous()))
+            layer.register_parameter(name, nn.Parameter(tensor))
         else:
-            layer.register_buffer(name, tensor.contiguous())
+            layer.register_buffer(name, tensor)
 
 
 def forms(model: nn.Module) -> Table:
