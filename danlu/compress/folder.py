@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from danlu import files
-from danlu.adapt.folder import Base
 from danlu.compress import prune
 from danlu.errors import ConfigError
 from danlu.models import weights
@@ -52,12 +51,17 @@ def write(out: Path, model: Any, *, receipt: Mapping[str, Any], run: Mapping[str
 
 def source(folder: Path) -> dict[str, Any]:
     """Return what a receipt says of the model that a smaller one was made from: where it is, and the hashes of its weights."""
-    return Base.of(folder)._asdict() | {"folder": str(folder.resolve())}
+    return {"folder": str(folder.resolve()), "sha256": {path.name: files.sha256(path) for path in shards(folder)}}
+
+
+def shards(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.name != "optimizer.safetensors")
 
 
 def size(folder: Path) -> int:
     """Return the bytes of the weights in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != "optimizer.safetensors")
+    return sum(path.stat().st_size for path in shards(folder))
 
 
 def dtype_of(folder: Path) -> str:
