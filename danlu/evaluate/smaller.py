@@ -76,10 +76,17 @@ def make(run: Path, out: Path, *, verb: str, how: Model, change: Change, data: s
         raise ConfigError(_("the folder exists already"), where=str(out), fix=_("choose another name, or remove it"))
     began, subject = time.perf_counter(), opened(run)
     both = calibrate.both(subject, data, count=count, how=reading)
-    before = numbers(subject.model)
     made = change(fresh(subject), both.given)
-    found = distance(subject.model, made, both.aside)
-    told = {"schema": 1, "kind": verb, "options": how.model_dump(mode="json"), "source": folder.source(subject.folder),
+    return write(subject, made, out, verb=verb, options=how.model_dump(mode="json"), both=both, dtype=dtype, sparse=sparse,
+                 began=began)
+
+
+def write(subject: Subject, made: Any, out: Path, *, verb: str, options: Any, both: calibrate.Both, dtype: str | None = None,
+          sparse: bool = False, began: float | None = None) -> Smaller:
+    """Write to `out` what was made of the subject's model, which is still whole; return how far both are apart."""
+    began = time.perf_counter() if began is None else began
+    found, before = distance(subject.model, made, both.aside), numbers(subject.model)
+    told = {"schema": 1, "kind": verb, "options": options, "source": folder.source(subject.folder),
             "tokenizer": subject.tokenizer.sha256, "rows": both.said, "distance": found.record(), "machine": receipt.machine(),
             "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     size = folder.write(out, made, receipt=told, run=None if subject.run is None else config.dump(subject.run),

@@ -182,6 +182,25 @@ def factorize(parser: argparse.ArgumentParser) -> None:
     _layers(parser)
 
 
+def compress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--target", nargs="+", default=[], metavar="WHAT=MOST", help=_("what it must fit into: size=50MB, latency=5ms"))
+    parser.add_argument("--data", required=True, help=_("rows that the quality is measured on"))
+    parser.add_argument("--calibrate", help=_("rows to calibrate by (default: those of the run)"))
+    parser.add_argument("--rows", type=int, default=160, help=_("rows that are read of them"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="WAY", help=_("the ways to try, by name (default: all that make sense)"))
+    parser.add_argument("--out", type=Path, help=_("folder for the model that is chosen (default: none is written)"))
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=_("columns by role, as in a recipe"))
+    parser.add_argument("--encoding", help=_("encoding of the file, for example gb18030 (default: the recipe's)"))
+    parser.add_argument("--format", choices=["txt", "jsonl", "json", "csv", "tsv", "conll", "parquet"],
+                        help=_("format of the file (default: by its name)"))
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    parser.add_argument("--overlong", choices=["error", "cut", "drop", "split"],
+                        help=_("what becomes of rows that are too long (default: as the recipe says)"))
+    parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--head", help=_("which of several tasks the rows are of"))
+
+
 def inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help=_("prepared folder"))
     parser.add_argument("--row", type=int, default=0, help=_("number of the row"))
