@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.compress.rows import Moments, error
-from danlu.nn.packed import Int4, Int8
+from danlu.nn.forms import Int4, Int8
 
 POWERS = 20                                              # of the mean input that are tried: 0, 1/20 … 1
 

@@ -15,7 +15,7 @@ from danlu.compress import rows
 from danlu.compress.quantize import linears
 from danlu.config import Model
 from danlu.errors import ConfigError
-from danlu.nn import packed
+from danlu.nn import forms, packed
 from danlu.words import _
 
 DAMPING = 1e-6                                           # of the mean second moment, added to each
@@ -24,7 +24,8 @@ DAMPING = 1e-6                                           # of the mean second mo
 class Factorize(Model):
     """How thin the two matrices are that take the place of one.
 
-    With calibration rows the error is that of what a layer says of them (as in SVD-LLM, Wang et al., 2024), else that of its weight.
+    With calibration rows the error is that of what a layer says of them (as in SVD-LLM, Wang et al., 2024), else that of its
+    weight.
     """
 
     rank: int | Literal["auto"] = Field("auto", description="Of every layer, or each layer's by `error`.")
@@ -57,7 +58,7 @@ def factorize(model: Any, how: Factorize, given: rows.Rows | None = None) -> dic
         for name, layer in stage.layers.items():
             thin = split(layer.weight, how, found.get(name))
             if thin is not None:
-                packed.become(layer, packed.Low(rank=len(thin.down)), {"up": thin.up, "down": thin.down})
+                packed.become(layer, forms.Low(rank=len(thin.down)), {"up": thin.up, "down": thin.down})
                 done[name] = thin
     if not done:
         raise ConfigError(_("no layer would have fewer numbers"), where="--rank",

@@ -1,4 +1,4 @@
-"""A smaller model as a folder: as `transformers` opens it where it can be, else in our own forms; with a manifest and a receipt."""
+"""A smaller model as a folder: as `transformers` opens it where it can be, else in our own forms; with a receipt."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from danlu import files
 from danlu.compress import prune
 from danlu.errors import ConfigError
 from danlu.models import weights
-from danlu.nn import packed
+from danlu.nn import forms, packed
 from danlu.words import _
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def table_of(model: Any) -> packed.Table:
+def table_of(model: Any) -> forms.Table:
     """Return the forms that the layers of `model` are stored in, where those are not plain weights of the config's sizes."""
     return [*packed.cuts(model, weights.shapes(model.cfg)), *packed.forms(model)]
 

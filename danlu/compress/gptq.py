@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from danlu.compress.rows import Moments, error
-from danlu.nn.packed import Int4, Int8
+from danlu.nn.forms import Int4, Int8
 
 DAMPING = 0.01                                           # of the mean second moment, added to each
 COLUMNS = 128                                            # whose errors are made good at a time in all that follow

@@ -15,7 +15,7 @@ from danlu.compress import rows, structure
 from danlu.compress.quantize import linears
 from danlu.config import Model
 from danlu.errors import ConfigError
-from danlu.nn import packed
+from danlu.nn import forms, packed
 from danlu.words import _
 
 Method = Literal["magnitude", "wanda", "2:4", "heads", "ffn", "layers"]
@@ -83,11 +83,11 @@ def two_of_four(score: Tensor) -> Tensor:
     return torch.cat((kept.flatten(1), torch.ones_like(score[:, whole:], dtype=torch.bool)), 1)
 
 
-def sparse(model: Any, dtype: torch.dtype = torch.float32) -> packed.Table:
+def sparse(model: Any, dtype: torch.dtype = torch.float32) -> forms.Table:
     """Return the forms of the layers that are smaller as a mask and the weights that are left: those of many zeros."""
-    table: packed.Table = []
+    table: forms.Table = []
     for name, layer in linears(model, also=("*",)).items():
-        form = packed.Bits(count=int(layer.weight.count_nonzero()), dtype=str(dtype).removeprefix("torch."))     # type: ignore[arg-type]
+        form = forms.Bits(count=int(layer.weight.count_nonzero()), dtype=str(dtype).removeprefix("torch."))     # type: ignore[arg-type]
         if sum(part.bytes for part in form.parts(*layer.weight.shape).values()) < layer.weight.numel() * dtype.itemsize:
             table.append((name, form))
     return table

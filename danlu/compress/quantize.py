@@ -14,7 +14,7 @@ from danlu.compress import awq, rows
 from danlu.compress.gptq import gptq
 from danlu.config import Model
 from danlu.errors import ConfigError
-from danlu.nn import packed
+from danlu.nn import forms, packed
 from danlu.words import _
 
 Method = Literal["rtn", "gptq", "awq", "dynamic", "nf4"]
@@ -36,18 +36,18 @@ class Quantize(Model):
 
     @model_validator(mode="after")
     def _fits(self) -> Quantize:
-        if self.method == "dynamic" and self.bits != 8 or self.method == "nf4" and self.bits != 4:
+        if (self.method == "dynamic" and self.bits != 8) or (self.method == "nf4" and self.bits != 4):
             raise ValueError(_("method={method} has no {bits} bits").format(method=self.method, bits=self.bits))
         return self
 
     @property
-    def form(self) -> packed.Rounded:
+    def form(self) -> forms.Rounded:
         """The form of linear layers."""
         if self.method == "nf4":
-            return packed.NF4(group=self.group)
+            return forms.NF4(group=self.group)
         if self.bits == 4:
-            return packed.Int4(group=self.group)
-        return packed.Int8(activations=self.method == "dynamic")
+            return forms.Int4(group=self.group)
+        return forms.Int8(activations=self.method == "dynamic")
 
 
 def linears(model: Any, *, keep: tuple[str, ...] = (), also: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
@@ -76,7 +76,7 @@ def linears(model: Any, *, keep: tuple[str, ...] = (), also: tuple[str, ...] = (
 
 
 @torch.no_grad()
-def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> packed.Table:
+def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> forms.Table:
     """Round the weights of `model`, in place; return the forms of its layers.
 
     given: calibration rows, which gptq and awq need.  Embeddings and the vocabulary's head are rounded to nearest.
@@ -93,9 +93,9 @@ def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> packe
             packed.become(layer, how.form, how.form.pack(layer.weight))
     if how.embeddings == "int8" and model.cfg.kind != "foreign":
         for name in ("embed", "head"):
-            layer: Any = getattr(model, name, None)
-            if type(layer) in (nn.Embedding, nn.Linear) and not any(matches(pattern, name) for pattern in how.keep):
-                packed.become(layer, packed.Int8(), packed.Int8().pack(layer.weight))
+            table: Any = getattr(model, name, None)
+            if type(table) in (nn.Embedding, nn.Linear) and not any(matches(pattern, name) for pattern in how.keep):
+                packed.become(table, forms.Int8(), forms.Int8().pack(table.weight))
     return packed.forms(model)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from danlu.compress import rows
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.models.build import build
-from danlu.nn import packed
+from danlu.nn import forms, packed
 from danlu.words import _
 
 
@@ -146,7 +146,7 @@ def _filled(model: Any, told: dict[str, Any], state: dict[str, Tensor]) -> Any:
     """Return the model whose config differs by `told`, with these weights."""
     made: Any = build(type(model.cfg).model_validate(model.cfg.model_dump() | told))
     sizes = {name: t.shape for name, t in made.state_dict().items()}
-    packed.install(made, [(name.removesuffix(".weight"), packed.Cut(rows=t.shape[0], columns=t.shape[1]))
+    packed.install(made, [(name.removesuffix(".weight"), forms.Cut(rows=t.shape[0], columns=t.shape[1]))
                           for name, t in state.items() if t.shape != sizes[name] and name.endswith(".weight")])
     made.load_state_dict({name: t.detach().clone().contiguous() for name, t in state.items()}, strict=True, assign=True)
     return made.train(model.training)

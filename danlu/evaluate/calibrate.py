@@ -43,7 +43,8 @@ def both(subject: Subject, data: str | None, *, count: int, how: rows.How) -> Bo
     task = rows.task_of(subject, replace(how, overlong=how.overlong or "cut"), device) if subject.cfg.tasks else None
     places = [(data, how.split)] if data is not None else _known(subject, how)
     for place, split in places:
-        found = list(islice(_of_task(task, place, split, how) if task is not None else _of_text(subject, place, split, how), count))
+        all_rows = _of_task(task, place, split, how) if task is not None else _of_text(subject, place, split, how)
+        found = list(islice(all_rows, count))
         if not found and data is not None:
             raise DataError(_("there is no row that could be used"), where=data)
         if found:
@@ -62,7 +63,7 @@ def random(subject: Subject) -> Given:
 
 
 def _known(subject: Subject, how: rows.How) -> list[tuple[str, str]]:
-    """Return prepared folders of the run that are still there, and their splits: trained on first, which is what the model knows."""
+    """Return prepared folders of the run that are still there, and their splits; those it was trained on first."""
     if subject.run is None:
         return []
     head = subject.head(how.head).name if subject.cfg.tasks else None

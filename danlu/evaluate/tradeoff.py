@@ -120,7 +120,8 @@ def ways(model: Any, calibrated: bool) -> list[Way]:
     parts = [Prune(method="ffn", sparsity=share) for share in (0.25, 0.5)]
     parts += [Prune(method="heads", sparsity=share) for share in (0.25, 0.5) if 0 < round(share * heads) < heads]
     if calibrated:
-        parts += [Prune(method="layers", sparsity=share) for share in (0.25, 0.5) if 0 < round(share * model.cfg.layers) < model.cfg.layers]
+        layers = model.cfg.layers
+        parts += [Prune(method="layers", sparsity=share) for share in (0.25, 0.5) if 0 < round(share * layers) < layers]
     for part in parts:
         name = f"{part.method} -{part.sparsity:.0%}"
         found += [Way(name, (part,)), Way(f"{name}, int8 dynamic", (part, dynamic))]
@@ -139,7 +140,7 @@ def made(model: Any, way: Way, given: Rows) -> Any:
     return model
 
 
-def measure(way: Way, folder: Path, size: int, row: dict[str, Tensor], data: str, how: rows.How) -> Measured:
+def measure(way: Way, folder: Path, *, size: int, row: dict[str, Tensor], data: str, how: rows.How) -> Measured:
     """Return what is measured of the model in `folder`, opened as a user opens it.  row: the one that is timed, [1, T]."""
     subject = open_subject(folder)
     subject.model.eval()

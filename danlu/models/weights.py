@@ -32,7 +32,7 @@ from danlu.models import (
     sentences,
 )
 from danlu.models.build import Config, Network, build
-from danlu.nn import packed, placed
+from danlu.nn import forms, packed, placed
 from danlu.words import _
 
 SHARD_BYTES = 5_000_000_000
@@ -206,13 +206,13 @@ def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype
                         where=str(folder / "config.json")) from None
     try:
         with safe_open(folder / PACKED, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(folder / PACKED),
                         fix=_("copy or download it again")) from None
     own = {name for name, _buffer in model.named_buffers()}
     for name, form in table:
-        if isinstance(form, packed.Bits):                # so it is stored, and whole it is computed with
+        if isinstance(form, forms.Bits):                # so it is stored, and whole it is computed with
             parts = {part: state.pop(f"{name}.{part}") for part in ("mask", "values") if f"{name}.{part}" in state}
             state[f"{name}.weight"] = form.dense(parts, model.get_submodule(name).in_features)      # type: ignore[arg-type]
     # copied out of the mapped file: where a tensor begins in memory decides how its products are rounded
@@ -227,7 +227,7 @@ def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype
     return model
 
 
-def write_packed(folder: Path, model: nn.Module, *, table: packed.Table, tokenizer: Path | None = None,
+def write_packed(folder: Path, model: nn.Module, *, table: forms.Table, tokenizer: Path | None = None,
                  dtype: Mapping[str, torch.dtype] | None = None) -> dict[str, tensorfile.Written]:
     """Write a model with layers in the forms of `table` into an existing `folder`; Danlu opens it, `transformers` does not.
 
@@ -236,7 +236,7 @@ def write_packed(folder: Path, model: nn.Module, *, table: packed.Table, tokeniz
     cfg: Any = model.cfg
     state = dict(model.state_dict())
     for name, form in table:
-        if isinstance(form, packed.Bits):
+        if isinstance(form, forms.Bits):
             state |= {f"{name}.{part}": tensor for part, tensor in form.pack(state.pop(f"{name}.weight")).items()}
     tensors = {name: t if dtype is None else t.to(dtype.get(name, t.dtype)) for name, t in state.items()}
     written = tensorfile.write(folder / PACKED, tensors, metadata={"format": "pt"})

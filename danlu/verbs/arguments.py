@@ -148,17 +148,18 @@ def smaller(parser: argparse.ArgumentParser) -> None:
 
 def _layers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help=_("folder for the smaller model"))
-    parser.add_argument("--keep", nargs="+", default=[], metavar="LAYER", help=_("layers that stay as they are, by name or pattern"))
+    parser.add_argument("--keep", nargs="+", default=[], metavar="LAYER",
+                        help=_("layers that stay as they are, by name or pattern"))
     parser.add_argument("--also", nargs="+", default=[], metavar="LAYER",
                         help=_("layers beside, such as heads of tasks, which else stay as they are"))
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of weights that are not packed (default: as they are)"))
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of what is not packed (default: as it is)"))
 
 
 def quantize(parser: argparse.ArgumentParser) -> None:
     smaller(parser)
     parser.add_argument("--bits", type=int, choices=[8, 4], help=_("of a weight (default: 8)"))
     parser.add_argument("--method", default="rtn", choices=["rtn", "gptq", "awq", "dynamic", "nf4"],
-                        help=_("rtn = to nearest; gptq, awq = by calibration rows; dynamic = activations, too; nf4 = normal levels"))
+                        help=_("rtn = to nearest; gptq, awq = by rows; dynamic = activations, too; nf4 = normal levels"))
     parser.add_argument("--group", type=int, default=64, help=_("weights of a row that share a scale, in 4 bits"))
     parser.add_argument("--embeddings", default="int8", choices=["int8", "keep"],
                         help=_("the table of tokens and the head of the vocabulary"))
@@ -184,11 +185,13 @@ def factorize(parser: argparse.ArgumentParser) -> None:
 
 def compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
-    parser.add_argument("--target", nargs="+", default=[], metavar="WHAT=MOST", help=_("what it must fit into: size=50MB, latency=5ms"))
+    parser.add_argument("--target", nargs="+", default=[], metavar="WHAT=MOST",
+                        help=_("what it must fit into: size=50MB, latency=5ms"))
     parser.add_argument("--data", required=True, help=_("rows that the quality is measured on"))
     parser.add_argument("--calibrate", help=_("rows to calibrate by (default: those of the run)"))
     parser.add_argument("--rows", type=int, default=160, help=_("rows that are read of them"))
-    parser.add_argument("--only", nargs="+", default=[], metavar="WAY", help=_("the ways to try, by name (default: all that make sense)"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="WAY",
+                        help=_("the ways to try, by name (default: all that make sense)"))
     parser.add_argument("--out", type=Path, help=_("folder for the model that is chosen (default: none is written)"))
     parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=_("columns by role, as in a recipe"))
     parser.add_argument("--encoding", help=_("encoding of the file, for example gb18030 (default: the recipe's)"))

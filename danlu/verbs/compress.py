@@ -77,7 +77,7 @@ def measured(subject: Subject, both: calibrate.Both, scratch: Path, *, data: str
             continue
         smaller.write(subject, made, at, verb="compress", both=both, dtype=way.dtype,
                       options={"way": way.name, "steps": [step.model_dump(mode="json") for step in way.steps]})
-        found.append(tradeoff.measure(way, at, folders.size(at), row, data, how))
+        found.append(tradeoff.measure(way, at, size=folders.size(at), row=row, data=data, how=how))
     return found
 
 
@@ -92,10 +92,11 @@ def show(found: list[Measured], front: set[str], best: Measured | None, wanted: 
         table.add_column(name, justify="left" if name in ("", _("way")) else "right")
     for one in found:
         low, high = one.quality.low, one.quality.high
-        table.add_row(("→" if one is best else "") + ("*" if one.way.name in front else ""), one.way.name, f"{one.bytes / 1e6:.2f}",
-                      f"{one.latency * 1e3:.2f}", f"{one.rate:,.0f}", f"{one.quality.value:.4f}",
+        mark = ("→" if one is best else "") + ("*" if one.way.name in front else "")
+        table.add_row(mark, one.way.name, f"{one.bytes / 1e6:.2f}", f"{one.latency * 1e3:.2f}",
+                      f"{one.rate:,.0f}", f"{one.quality.value:.4f}",
                       "–" if low is None or high is None else f"{low:.4f} – {high:.4f}", _("yes") if wanted.met(one) else _("no"))
     console = Console()
     console.print(table)
-    console.print(_("p50: a row at a time, or a decoder's next token; a second: rows, or tokens read, of {n} at a time; * none is better "
-                    "in size, time and quality alike").format(n=tradeoff.BATCH), highlight=False, markup=False)
+    console.print(_("p50: a row at a time, or a decoder's next token; a second: rows, or tokens read, of {n} at a time; "
+                    "* none is better in size, time and quality alike").format(n=tradeoff.BATCH), highlight=False, markup=False)

@@ -46,7 +46,7 @@ def verbs() -> dict[str, Verb]:
         "quantize": Verb("danlu.verbs.quantize", _("weights in 8 or 4 bits"), of.quantize),
         "prune": Verb("danlu.verbs.prune", _("fewer weights: zeros, or heads, hidden units, blocks taken out"), of.prune),
         "factorize": Verb("danlu.verbs.factorize", _("thinner matrices: each as a product of two"), of.factorize),
-        "compress": Verb("danlu.verbs.compress", _("all of these, measured: the best that fits into a size or a time"), of.compress),
+        "compress": Verb("danlu.verbs.compress", _("all of these, measured: the best that fits"), of.compress),
         "inspect": Verb("danlu.verbs.inspect", _("a prepared row as the model sees it"), of.inspect),
         "report": Verb("danlu.report", _("curves and results of a run as one HTML file"), of.report),
         "ckpt": Verb("danlu.verbs.ckpt", _("list, verify or hash checkpoints"), of.ckpt),

@@ -152,7 +152,8 @@ CALLS = [("quantize",), ("quantize", "--method", "dynamic"), ("quantize", "--bit
 
 
 @pytest.mark.parametrize("words", CALLS, ids=" ".join)
-def test_every_verb_works_on_every_kind(run: Path, tmp_path: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_works_on_every_kind(run: Path, tmp_path: Path, words: tuple[str, ...],
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     verb, *rest = words
     for start, data in ((run / "run", run / "test.csv"), (run / "lm/model", run / "lines.jsonl")):
         out = tmp_path / start.name
@@ -198,7 +199,8 @@ def test_training_goes_on_from_what_is_pruned_and_not_from_what_is_packed(run: P
     assert cli.main(["prune", str(run / "run"), "--method", "ffn", "--out", str(start)]) == 0
     shutil.copytree(run / "run", tmp_path / "kept")
     data = [{"path": str(run / "train.csv")}]
-    recipe = json.loads((run / "recipe.json").read_text()) | {"out": str(tmp_path / "on"), "start": str(start), "data": data, "steps": 4}
+    recipe = json.loads((run / "recipe.json").read_text()) | {"start": str(start), "data": data, "steps": 4}
+    recipe |= {"out": str(tmp_path / "on")}
     (tmp_path / "on.json").write_text(json.dumps(recipe))
     assert cli.main(["train", str(tmp_path / "on.json")]) == 0
     assert open_subject(tmp_path / "on").cfg.hidden == 64        # type: ignore[union-attr]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from danlu.nn import packed
-from danlu.nn.packed import NF4, Bits, Int4, Int8, Low
+from danlu.nn import forms, packed
+from danlu.nn.forms import NF4, Bits, Int4, Int8, Low
 
 
 def weight(rows: int = 48, columns: int = 100, seed: int = 0) -> Tensor:
@@ -19,8 +19,8 @@ def weight(rows: int = 48, columns: int = 100, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("columns", [1, 2, 7, 64])
 def test_codes_two_to_a_byte_come_back(columns: int) -> None:
     codes = torch.randint(0, 16, (5, columns), dtype=torch.uint8)
-    pairs = packed.paired(codes)
-    assert pairs.shape == (5, -(-columns // 2)) and torch.equal(packed.split(pairs)[:, :columns], codes)
+    pairs = forms.paired(codes)
+    assert pairs.shape == (5, -(-columns // 2)) and torch.equal(forms.split(pairs)[:, :columns], codes)
     assert int(pairs[0, 0]) == int(codes[0, 0]) + 16 * (int(codes[0, 1]) if columns > 1 else 0)
 
 
@@ -71,7 +71,7 @@ def test_four_bits_are_the_nearest_of_sixteen_in_each_group() -> None:
 def test_normal_levels_are_the_nearest_there_are() -> None:
     w, form = weight(16, 128), NF4(group=64)
     parts = form.pack(w)
-    levels = torch.tensor(packed.NORMAL)
+    levels = torch.tensor(forms.NORMAL)
     for group in range(2):
         here = w[:, 64 * group : 64 * group + 64]
         scale = here.abs().amax(1, keepdim=True).half().float()
@@ -144,6 +144,6 @@ def test_two_thin_matrices_learn() -> None:
 
 
 def test_the_table_of_forms_is_json_and_back() -> None:
-    table: Any = [("a.b", Int8()), ("c", Int4(group=32)), ("d", Int8()), ("e", packed.Cut(rows=3, columns=4)), ("e", Low(rank=2))]
+    table: Any = [("a.b", Int8()), ("c", Int4(group=32)), ("d", Int8()), ("e", forms.Cut(rows=3, columns=4)), ("e", Low(rank=2))]
     groups = packed.groups_of(table)
     assert sorted(packed.table_of(groups), key=str) == sorted(table, key=str) and len(groups) == 4

@@ -40,12 +40,14 @@ def test_the_cheapest_is_chosen_that_is_as_good_as_the_best() -> None:
         "any": Target(), "small": Target(size=30), "quick": Target(latency=5), "none": Target(size=5)}.items()}
     assert {name: best.way.name if best else None for name, best in pick.items()} == {
         "any": "half", "small": "quarter", "quick": "whole", "none": None}
-    losses = [one("whole", 100, 5, 9.0, "perplexity"), one("half", 50, 6, 9.01, "perplexity"), one("small", 10, 2, 30.0, "perplexity")]
+    losses = [one("whole", 100, 5, 9.0, "perplexity"), one("half", 50, 6, 9.01, "perplexity"),
+              one("small", 10, 2, 30.0, "perplexity")]
     best = tradeoff.chosen(losses, Target())
     assert best is not None and best.way.name == "half"
 
 
-def test_the_verb_tries_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_tries_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tradeoff, "SECONDS", 0.02)
     data = table(tmp_path / "train.csv", ["text", "label"], texts(120, 1))
     run = trained(tmp_path, encoder(tmp_path), [{"path": str(data)}], steps=20)
