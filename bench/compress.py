@@ -86,7 +86,7 @@ def theirs(subject: Subject, scratch: Path, *, data: str, how: rows.How, threads
     with torch.no_grad():
         said = subject.model(ids)[subject.cfg.tasks[0].name]
     found = plain.run(None, {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())})[0]
-    torch.testing.assert_close(torch.from_numpy(found), said, atol=1e-3, rtol=1e-3)     # a peer that is another model is no peer
+    torch.testing.assert_close(torch.from_numpy(found), said, atol=1e-3, rtol=1e-3)      # or it is another model, and no peer
     quantize_dynamic(scratch / "model.onnx", scratch / "model.int8.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -176,7 +176,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
          heads: Sequence[str] | None = None) -> Network:
     """Return the model of `folder` with its weights.  heads: an encoder's, if only these; others are left out."""
     cfg = read_config(folder)
-    if (Path(folder) / PACKED).is_file():
+    if heads is None and (Path(folder) / PACKED).is_file():
         return _load_packed(Path(folder), cfg, device=device, dtype=dtype)
     if heads is not None and not isinstance(cfg, decoder.Decoder):
         cfg = cfg.with_heads(heads)
