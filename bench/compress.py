@@ -80,7 +80,8 @@ def theirs(subject: Subject, scratch: Path, *, data: str, how: rows.How, threads
     model = AutoModelForSequenceClassification.from_pretrained(subject.folder, attn_implementation="eager").eval()
     ids = torch.arange(2, 34).view(2, 16)
     wide = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
-    torch.onnx.export(_Logits(model), (ids, torch.ones_like(ids)), str(scratch / "model.onnx"), input_names=["input_ids", "attention_mask"],
+    torch.onnx.export(_Logits(model), (ids, torch.ones_like(ids)), str(scratch / "model.onnx"),
+                      input_names=["input_ids", "attention_mask"],
                       output_names=["logits"], dynamic_shapes=(wide, wide), dynamo=True, external_data=False)
     plain = onnxruntime.InferenceSession(str(scratch / "model.onnx"), providers=["CPUExecutionProvider"])
     with torch.no_grad():

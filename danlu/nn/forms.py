@@ -244,8 +244,8 @@ def _factors(divided: bool, columns: int) -> dict[str, Part]:
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
     """Return weight [O, I] as [O, G, g]; what the last group lacks is NaN."""
-    padded: Tensor = F.pad(weight, (0, -weight.shape[1] % group), value=math.nan)
-    return padded.unflatten(1, (-1, group))
+    groups: Tensor = F.pad(weight, (0, -weight.shape[1] % group), value=math.nan).unflatten(1, (-1, group))
+    return groups
 
 
 def paired(codes: Tensor) -> Tensor:
