@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -31,10 +32,11 @@ from danlu.models import (
     sentences,
 )
 from danlu.models.build import Config, Network, build
-from danlu.nn import placed
+from danlu.nn import forms, packed, placed
 from danlu.words import _
 
 SHARD_BYTES = 5_000_000_000
+PACKED, METHOD = "packed.safetensors", "danlu"           # of weights in other forms: their file, and quant_method in config.json
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
@@ -101,6 +103,8 @@ def read_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise ConfigError(_("the folder holds no config.json"), where=str(folder))
     data = read_json(path)
+    if forms_in(data) is not None:
+        data = {key: value for key, value in data.items() if key != "quantization_config"}
     kind = data.get("model_type")
     if not isinstance(kind, str):
         raise IncompatibleError(_("the architecture {kind!r} is not known").format(kind=kind), where=str(path),
@@ -146,6 +150,9 @@ def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
         return list(wanted.items())
     if single.is_file():
         return [(single, None)]
+    if (folder / PACKED).is_file():
+        raise IncompatibleError(_("the weights are packed, in fewer bits or numbers, and whole ones are needed here"),
+                                where=str(folder), fix=_("use the model that they were packed from"))
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise SecurityError(
@@ -169,6 +176,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
          heads: Sequence[str] | None = None) -> Network:
     """Return the model of `folder` with its weights.  heads: an encoder's, if only these; others are left out."""
     cfg = read_config(folder)
+    if heads is None and (Path(folder) / PACKED).is_file():
+        return _load_packed(Path(folder), cfg, device=device, dtype=dtype)
     if heads is not None and not isinstance(cfg, decoder.Decoder):
         cfg = cfg.with_heads(heads)
     elif heads is not None:
@@ -178,6 +187,68 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     state = {name: t.to(device, dtype if t.is_floating_point() else t.dtype).contiguous() for name, t in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model
+
+
+def forms_in(told: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the forms of layers that a config.json tells, as `packed.groups_of` gives them; None: the weights are whole."""
+    given = told.get("quantization_config")
+    return given.get("forms", []) if isinstance(given, dict) and given.get("quant_method") == METHOD else None
+
+
+def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype: torch.dtype) -> Network:
+    """Return the model of a folder whose weights are packed; those that are whole have `dtype`, parts keep their own."""
+    try:
+        table = packed.table_of(forms_in(read_json(folder / "config.json")) or [])
+        model = build(cfg)
+        packed.install(model, table)
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(_("the file is damaged or cannot be read: {why}").format(why=str(error).splitlines()[0]),
+                        where=str(folder / "config.json")) from None
+    try:
+        with safe_open(folder / PACKED, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(folder / PACKED),
+                        fix=_("copy or download it again")) from None
+    own = {name for name, _buffer in model.named_buffers()}
+    for name, form in table:
+        if isinstance(form, forms.Bits):                # so it is stored, and whole it is computed with
+            parts = {part: state.pop(f"{name}.{part}") for part in ("mask", "values") if f"{name}.{part}" in state}
+            state[f"{name}.weight"] = form.dense(parts, model.get_submodule(name).in_features)      # type: ignore[arg-type]
+    # copied out of the mapped file: where a tensor begins in memory decides how its products are rounded
+    state = {name: t.to(device, t.dtype if name in own or not t.is_floating_point() else dtype, copy=True).contiguous()
+             for name, t in state.items()}
+    found = model.state_dict()
+    wrong = sorted(state.keys() ^ found.keys()) or [name for name, t in state.items() if t.shape != found[name].shape]
+    if wrong:
+        raise IncompatibleError(_("config.json and {file} do not agree on {name}").format(file=PACKED, name=wrong[0]),
+                                where=str(folder), fix=_("copy or download it again"))
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def write_packed(folder: Path, model: nn.Module, *, table: forms.Table, tokenizer: Path | None = None,
+                 dtype: Mapping[str, torch.dtype] | None = None) -> dict[str, tensorfile.Written]:
+    """Write a model with layers in the forms of `table` into an existing `folder`; Danlu opens it, `transformers` does not.
+
+    dtype: of single weights by our name, where it is another.  The tensors stand under our names.
+    """
+    cfg: Any = model.cfg
+    state = dict(model.state_dict())
+    for name, form in table:
+        if isinstance(form, forms.Bits):
+            state |= {f"{name}.{part}": tensor for part, tensor in form.pack(state.pop(f"{name}.weight")).items()}
+    tensors = {name: t if dtype is None else t.to(dtype.get(name, t.dtype)) for name, t in state.items()}
+    written = tensorfile.write(folder / PACKED, tensors, metadata={"format": "pt"})
+    special = {} if tokenizer is None else _special(tokenizer)
+    told = {"quant_method": METHOD, "version": 1, "forms": packed.groups_of(table)}
+    files.write_json(folder / "config.json", {**_family(cfg).write(cfg), **({} if cfg.kind == "foreign" else special),
+                                              "quantization_config": told})
+    files.write_json(folder / "generation_config.json", special)
+    sentences.write(folder, cfg)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+    return {PACKED: written}
 
 
 def fill(held: Mapping[str, Tensor], cfg: Config, folder: str | Path, *,

@@ -210,6 +210,76 @@ def lineage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help=_("run folder, checkpoint, exported folder or prepared data"))
 
 
+def smaller(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--data", help=_("files of rows to calibrate by and to compare on (default: those of the run)"))
+    parser.add_argument("--rows", type=int, default=160, help=_("rows that are read of them"))
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=_("columns by role, as in a recipe"))
+    parser.add_argument("--encoding", help=_("encoding of the file, for example gb18030 (default: the recipe's)"))
+    parser.add_argument("--format", choices=["txt", "jsonl", "json", "csv", "tsv", "conll", "parquet"],
+                        help=_("format of the file (default: by its name)"))
+    parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--head", help=_("which of several tasks the rows are of"))
+
+
+def _layers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help=_("folder for the smaller model"))
+    parser.add_argument("--keep", nargs="+", default=[], metavar="LAYER",
+                        help=_("layers that stay as they are, by name or pattern"))
+    parser.add_argument("--also", nargs="+", default=[], metavar="LAYER",
+                        help=_("layers beside, such as heads of tasks, which else stay as they are"))
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of what is not packed (default: as it is)"))
+
+
+def quantize(parser: argparse.ArgumentParser) -> None:
+    smaller(parser)
+    parser.add_argument("--bits", type=int, choices=[8, 4], help=_("of a weight (default: 8)"))
+    parser.add_argument("--method", default="rtn", choices=["rtn", "gptq", "awq", "dynamic", "nf4"],
+                        help=_("rtn = to nearest; gptq, awq = by rows; dynamic = activations, too; nf4 = normal levels"))
+    parser.add_argument("--group", type=int, default=64, help=_("weights of a row that share a scale, in 4 bits"))
+    parser.add_argument("--embeddings", default="int8", choices=["int8", "keep"],
+                        help=_("the table of tokens and the head of the vocabulary"))
+    _layers(parser)
+
+
+def prune(parser: argparse.ArgumentParser) -> None:
+    smaller(parser)
+    parser.add_argument("--method", default="magnitude", choices=["magnitude", "wanda", "2:4", "heads", "ffn", "layers"],
+                        help=_("single weights (magnitude, wanda, 2:4), or heads of attention, hidden units, blocks"))
+    parser.add_argument("--sparsity", type=float, default=0.5, help=_("share that is taken out"))
+    parser.add_argument("--packed", action="store_true",
+                        help=_("store zeros in a bit each: smaller, but only Danlu opens it (default: as transformers does)"))
+    _layers(parser)
+
+
+def factorize(parser: argparse.ArgumentParser) -> None:
+    smaller(parser)
+    parser.add_argument("--rank", default="auto", help=_("of every layer, or auto = each layer's by --error"))
+    parser.add_argument("--error", type=float, default=0.1, help=_("most that a layer may lose, norm over norm"))
+    _layers(parser)
+
+
+def compress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
+    parser.add_argument("--target", nargs="+", default=[], metavar="WHAT=MOST",
+                        help=_("what it must fit into: size=50MB, latency=5ms"))
+    parser.add_argument("--data", required=True, help=_("rows that the quality is measured on"))
+    parser.add_argument("--calibrate", help=_("rows to calibrate by (default: those of the run)"))
+    parser.add_argument("--rows", type=int, default=160, help=_("rows that are read of them"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="WAY",
+                        help=_("the ways to try, by name (default: all that make sense)"))
+    parser.add_argument("--out", type=Path, help=_("folder for the model that is chosen (default: none is written)"))
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=_("columns by role, as in a recipe"))
+    parser.add_argument("--encoding", help=_("encoding of the file, for example gb18030 (default: the recipe's)"))
+    parser.add_argument("--format", choices=["txt", "jsonl", "json", "csv", "tsv", "conll", "parquet"],
+                        help=_("format of the file (default: by its name)"))
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    parser.add_argument("--overlong", choices=["error", "cut", "drop", "split"],
+                        help=_("what becomes of rows that are too long (default: as the recipe says)"))
+    parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
+    parser.add_argument("--head", help=_("which of several tasks the rows are of"))
+
+
 def inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help=_("prepared folder"))
     parser.add_argument("--row", type=int, default=0, help=_("number of the row"))
