@@ -341,7 +341,7 @@ class DecoderModel(nn.Module):
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
         return speak("lm", x, table.weight, labels, weights, index=index, **of)
 
-    def _all(self, x: Tensor, table: nn.Module) -> Tensor:
+    def _all(self, x: Tensor, table: Any) -> Tensor:
         """Return all logits [B, T, V]."""
         if self.speaks is not None:
             return self.speaks(x)                                                       # type: ignore[no-any-return]
