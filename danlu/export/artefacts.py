@@ -58,7 +58,7 @@ class Danlu:
             said = torch.nn.functional.normalize(out[self.head.name][0, 0], dim=-1)
         else:
             said = out[self.head.name][0]
-        return np.asarray(said.double())
+        return np.atleast_1d(np.asarray(said.double()))
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text`; what looks like a special token stays text."""
@@ -84,8 +84,7 @@ class Danlu:
 def templated(subject: Subject) -> bool:
     """Return whether the model has a chat template of its own, and not only what is taken where there is none."""
     given = subject.run is not None and subject.run.chat.template is not None
-    return given or template_of(subject).source is not None or (
-        subject.run is not None and subject.run.objective.wants == "chat")
+    return given or template_of(subject).source is not None
 
 
 def kind_of(subject: Subject) -> str:

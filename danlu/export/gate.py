@@ -9,7 +9,7 @@ from pathlib import Path
 
 from danlu import files
 from danlu.errors import ConfigError, IncompatibleError
-from danlu.evaluate.subject import Subject
+from danlu.evaluate.subject import Subject, open_subject
 from danlu.export import artefacts, parity, table
 from danlu.export.parity import Artefact, Limits, Report
 from danlu.export.table import EXPORTERS, Options
@@ -77,6 +77,24 @@ def export(subject: Subject, to: str, out: Path, *, options: Options, rows: Sequ
     finally:
         shutil.rmtree(room, ignore_errors=True)
     if not report.green:
+        refuse(report, str(there))
+    return report
+
+
+def prove(source: Path, made: Path, *, dtype: str | None = None) -> Report:
+    """Compare the new folder `made` with what it was made from, and leave parity.json in it.
+
+    A red one is renamed to MADE.red, and IncompatibleError is raised.
+    """
+    subject = open_subject(source)
+    other = opened(str(made))
+    report = parity.compare(artefacts.Danlu(subject), other, rows_for(subject), TEXTS,
+                            limits=limits_for(other, made, dtype=dtype))
+    parity.write(report, made, source=subject.folder)
+    if not report.green:
+        there = made.with_name(f"{made.name}.red")
+        shutil.rmtree(there, ignore_errors=True)
+        made.rename(there)
         refuse(report, str(there))
     return report
 

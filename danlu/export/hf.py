@@ -39,13 +39,22 @@ def holds(path: Path) -> bool:
     file = path / "config.json"
     if not file.is_file() or (path / "manifest.json").is_file() or (path.parent / "manifest.json").is_file():
         return False
-    told = weights.read_json(file)
-    return "danlu" not in told and "quantization_config" not in told
+    return "quantization_config" not in weights.read_json(file) and not ours_alone(path)
+
+
+def ours_alone(path: Path) -> bool:
+    """Return whether transformers has no class for the heads of the model: several of them, or a kind it does not know."""
+    own = weights.read_json(path / "config.json").get("danlu", {})
+    return bool({"tasks", "outputs", "lm"} & own.keys()) and not (path / "modules.json").is_file()
 
 
 def open(path: Path) -> Artefact:
     """Return the folder in transformers; in Danlu, saying so, where that is not installed."""
     if not installed("transformers"):
         say(_("transformers is not installed: {folder} is opened by Danlu alone").format(folder=path.name))
+        return artefacts.opened(path)
+    if ours_alone(path):
+        say(_("transformers has no class for the heads of this model: {folder} is opened by Danlu alone").format(
+            folder=path.name))
         return artefacts.opened(path)
     return Transformers(path)

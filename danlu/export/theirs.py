@@ -57,9 +57,9 @@ class Transformers:
         told = weights.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         self.folder, self.name = folder, f"{folder.name} (transformers {transformers.__version__})"
         self.kind = "quantized" if "quantization_config" in told else kind
-        self.model = _model(folder, told) if model is None else model
-        self.model.eval()
         self.embeds = (folder / "modules.json").is_file() if embeds is None else embeds
+        self.model = model or (loaded(folder, "AutoModel") if self.embeds else _model(folder, told))
+        self.model.eval()
         self.writes = bool(self.model.can_generate())
         home = tokenizer or folder
         self.tokenizer: Any = None

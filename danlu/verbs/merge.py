@@ -13,6 +13,10 @@ from danlu import files, parallel
 from danlu.adapt import folder as adapters
 from danlu.adapt.merge import ROWS, TOKENS, merge
 from danlu.data.shards import Shards, read_manifest
+from danlu.evaluate.subject import open_subject
+from danlu.export import gate
+from danlu.export.source import speak
+from danlu.log import say
 from danlu.train import checkpoint
 from danlu.words import _
 
@@ -22,6 +26,12 @@ def main(run: Path, *, out: Path | None, dtype: str | None, tolerance: float | N
     parallel.start(threads=None, device="cpu")
     source = checkpoint.chosen(run)
     found = merge(source, out or run / "merged", dtype=dtype, rows=rows_of(source), tolerance=tolerance)
+    if (found.folder / "tokenizer.json").is_file():
+        speak(open_subject(source), found.folder)
+        gate.prove(source, found.folder, dtype=found.dtype)
+    else:
+        say(_("{folder} has no tokenizer, and was compared by what it says of ids alone: no parity.json").format(
+            folder=found.folder))
     if as_json:
         print(json.dumps(found.record(), ensure_ascii=False))
         return 0
