@@ -13,7 +13,7 @@ from danlu.evaluate.subject import Subject
 from danlu.export import artefacts, source
 from danlu.export.card import card
 from danlu.export.parity import Artefact
-from danlu.export.theirs import Transformers, installed
+from danlu.export.theirs import Transformers, embeds, installed
 from danlu.log import say
 from danlu.models import weights
 from danlu.words import _
@@ -44,8 +44,8 @@ def holds(path: Path) -> bool:
 
 def ours_alone(path: Path) -> bool:
     """Return whether transformers has no class for the heads of the model: several of them, or a kind it does not know."""
-    own = weights.read_json(path / "config.json").get("danlu", {})
-    return bool({"tasks", "outputs", "lm"} & own.keys()) and not (path / "modules.json").is_file()
+    told = weights.read_json(path / "config.json")
+    return bool({"tasks", "outputs", "lm"} & told.get("danlu", {}).keys()) and not embeds(told)
 
 
 def open(path: Path) -> Artefact:

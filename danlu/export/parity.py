@@ -75,6 +75,7 @@ class Limits(Model):
     kl: float | None = Field(None, ge=0)             # mean over positions, nats
     top1: float | None = Field(1.0, ge=0, le=1)      # share of positions with the same likeliest, ties within `difference` apart
     greedy: bool = True                              # whether continuations must be equal, such ties left out
+    ids: bool = True                                 # … and the ids of texts, with what they come back as
 
 
 EXACT = Limits()
@@ -145,7 +146,9 @@ def compare(a: Artefact, b: Artefact, rows: Sequence[Sequence[int]], texts: Sequ
         checks += _logits(a, b, given, limits, profile)
     else:
         checks.append(Check("logits", "not compared", told=_("there are no rows")))
-    checks += [_ids(a, b, texts), _back(a, b, texts), _prompts(a, b, dialogues), _ends(a, b), _labels(a, b)]
+    text = [_ids(a, b, texts), _back(a, b, texts)]
+    checks += text if limits.ids else [c._replace(state="shown") if c.state == "red" else c for c in text]
+    checks += [_prompts(a, b, dialogues), _ends(a, b), _labels(a, b)]
     red = frozenset(c.name for c in checks if c.state == "red")
     return Report((a.name, a.kind), (b.name, b.kind), tuple(checks), causes(red, profile), len(given), sum(map(len, given)),
                   len(texts), files.digest([given, list(texts), [list(map(dict, d)) for d in dialogues]]))
@@ -273,9 +276,11 @@ def _ids(a: Artefact, b: Artefact, texts: Sequence[str]) -> Check:
             refused += 1                                     # a vocabulary that cannot say it: no artefact is at fault
             continue
         if isinstance(theirs, DanluError) or mine != theirs:
-            there = theirs.what if isinstance(theirs, DanluError) else theirs[:12]
-            return Check("ids", "red", float(same), None, _("{text!r}: {a} here, {b} there").format(
-                text=text[:40], a=mine[:12], b=there))
+            if isinstance(theirs, DanluError):
+                return Check("ids", "red", float(same), None, _("{text!r}: {why}").format(text=text[:40], why=theirs.what))
+            at = next((i for i, (x, y) in enumerate(zip(mine, theirs, strict=False)) if x != y), min(len(mine), len(theirs)))
+            return Check("ids", "red", float(same), None, _("{text!r}, from id {at}: {a} here, {b} there").format(
+                text=text[:40], at=at, a=mine[at:at + 6], b=theirs[at:at + 6]))
         same += 1
     told = _("{n} texts").format(n=same) + (_(", {n} refused").format(n=refused) if refused else "")
     return Check("ids", "green" if same else "not compared", float(same), None, told)

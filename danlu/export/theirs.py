@@ -17,6 +17,7 @@ import torch
 from danlu.adapt import folder as adapters
 from danlu.adapt.peft import TYPES
 from danlu.errors import ConfigError, DataError, IncompatibleError
+from danlu.log import say
 from danlu.models import weights
 from danlu.words import _
 
@@ -47,8 +48,11 @@ class Transformers:
     """A folder in transformers, with the tokenizer that AutoTokenizer makes of it."""
 
     def __init__(self, folder: Path, *, model: Any = None, tokenizer: Path | None = None, kind: str = "hf",
-                 embeds: bool | None = None) -> None:
-        """Open `folder`; model: in place of what it holds.  IncompatibleError if a tensor is missing or left over."""
+                 vectors: bool | None = None) -> None:
+        """Open `folder`; model: in place of what it holds; vectors: whether it makes vectors of texts.
+
+        Raises IncompatibleError if a tensor is missing.
+        """
         require("transformers")
         import transformers
 
@@ -57,7 +61,7 @@ class Transformers:
         told = weights.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         self.folder, self.name = folder, f"{folder.name} (transformers {transformers.__version__})"
         self.kind = "quantized" if "quantization_config" in told else kind
-        self.embeds = (folder / "modules.json").is_file() if embeds is None else embeds
+        self.embeds = embeds(told) if vectors is None else vectors
         self.model = model or (loaded(folder, "AutoModel") if self.embeds else _model(folder, told))
         self.model.eval()
         self.writes = bool(self.model.can_generate())
@@ -65,6 +69,17 @@ class Transformers:
         self.tokenizer: Any = None
         if (home / "tokenizer.json").is_file():
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+            self._tell_class(home)
+
+    def _tell_class(self, home: Path) -> None:
+        """Say where transformers puts the rules of a model type around a vocabulary that declares none."""
+        file, made = home / "tokenizer_config.json", type(self.tokenizer).__name__
+        declared = weights.read_json(file).get("tokenizer_class") if file.is_file() else None
+        if declared == "PreTrainedTokenizerFast" and made not in ("TokenizersBackend", declared):
+            say(_("AutoTokenizer makes a {made} of {folder}, for its model type alone, though it declares {declared}: ids may "
+                  "differ; PreTrainedTokenizerFast.from_pretrained opens it as it is").format(
+                made=made, folder=home.name, declared=declared))
+            self.name = f"{self.name[:-1]}, {made})"
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -116,6 +131,11 @@ class Transformers:
             return None
         named = self.model.config.id2label
         return tuple(str(named[i]) for i in range(len(named)))
+
+
+def embeds(told: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is of a model whose only head makes vectors of texts: means of its tokens."""
+    return [task.get("kind") for task in told.get("danlu", {}).get("tasks", [])] == ["embed"]
 
 
 def _model(folder: Path, told: Mapping[str, Any]) -> Any:
@@ -171,7 +191,7 @@ def with_adapter(folder: Path) -> Transformers:
         base = _model(opened.base, told)
     model: Any = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     found = Transformers(folder, model=model, tokenizer=adapters.tokenizer_in(folder), kind="peft",
-                         embeds=bool(tasks) and tasks[0].kind == "embed")
+                         vectors=bool(tasks) and tasks[0].kind == "embed")
     found.writes = not tasks and bool(base.can_generate())
     if (folder / GENERATION).is_file():                      # PEFT has no place for it: whoever generates passes it on
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -182,6 +182,7 @@ def merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=_("of the weights written (default: the base's)"))
     parser.add_argument("--tolerance", type=float,
                         help=_("largest difference allowed, as a share of the largest number said (default: by dtype)"))
+    limits(parser)
 
 
 def parity(parser: argparse.ArgumentParser) -> None:
@@ -193,8 +194,12 @@ def parity(parser: argparse.ArgumentParser) -> None:
 
 def compared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help=_("most rows to compare on (default: 8)"))
+    limits(parser)
+
+
+def limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
-                        help=_("what may differ: difference, kl, top1, greedy; may be repeated (default: by the kind)"))
+                        help=_("what may differ: difference, kl, top1, greedy, ids; may be repeated (default: by the kind)"))
 
 
 def export(parser: argparse.ArgumentParser) -> None:

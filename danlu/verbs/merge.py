@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,22 @@ from danlu.export import gate
 from danlu.export.source import speak
 from danlu.log import say
 from danlu.train import checkpoint
+from danlu.verbs.parity import limited
 from danlu.words import _
 
 
-def main(run: Path, *, out: Path | None, dtype: str | None, tolerance: float | None, as_json: bool) -> int:
-    """Write the merged model, by default to `run`/merged; exit 6, and write nothing, if it does not say the same."""
+def main(run: Path, *, out: Path | None, dtype: str | None, tolerance: float | None,
+         limit: Sequence[str], as_json: bool) -> int:
+    """Write the merged model, by default to `run`/merged; exit 6, and write nothing, if it does not say the same here.
+
+    Exit 4, and keep it as OUT.red, if it says or reads something else in transformers.
+    """
     parallel.start(threads=None, device="cpu")
     source = checkpoint.chosen(run)
     found = merge(source, out or run / "merged", dtype=dtype, rows=rows_of(source), tolerance=tolerance)
     if (found.folder / "tokenizer.json").is_file():
         speak(open_subject(source), found.folder)
-        gate.prove(source, found.folder, dtype=found.dtype)
+        gate.prove(source, found.folder, dtype=found.dtype, allowed=lambda usual: limited(limit, usual))
     else:
         say(_("{folder} has no tokenizer, and was compared by what it says of ids alone: no parity.json").format(
             folder=found.folder))

@@ -27,6 +27,7 @@ from danlu.export.parity import Limits, Report
 from danlu.export.texts import TEXTS
 from danlu.models import weights
 from danlu.models.build import build
+from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.nn.tasks import Head
 from danlu.verbs import table as verbs
@@ -187,6 +188,36 @@ def test_export_merges_and_says_so(tmp_path: Path) -> None:
     assert cli.main(["export", str(path), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
     assert {p.name for p in (tmp_path / "peft").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "parity.json"}
     assert cli.main(["parity", str(tmp_path / "peft"), str(tmp_path / "merged"), "--limit", "kl=0.001"]) == 0
+
+
+def test_transformers_own_rules_around_a_vocabulary_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """AutoTokenizer normalises for model type qwen2, and the tokenizer that was trained does not."""
+    tokenizer = train([text for text, _label in small.texts(60, 0)], BPE.model_validate({"vocab": 300}))
+    tokenizer.save(tmp_path / "tokenizer")
+    cfg = Decoder.model_validate({"family": "qwen2", "width": 32, "layers": 2, "heads": 2, "context": 64,
+                                  "vocab": tokenizer.size, "init_std": 0.1})
+    weights.save(tmp_path / "model", build(cfg, "cpu").init(1), tokenizer=tmp_path / "tokenizer")
+    assert cli.main(["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "out")]) == 4
+    assert "Qwen2Tokenizer" in capsys.readouterr().err and (tmp_path / "out.red").is_dir()
+    words = ["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "out"), "--limit", "ids=false", "--json"]
+    assert cli.main(words) == 0
+    states = {c["name"]: c["state"] for c in json.loads(capsys.readouterr().out)["checks"]}
+    assert states["ids"] == "shown" and states["logits"] == states["greedy"] == "green"
+
+
+@pytest.mark.parametrize("heads", [("tag",), ("answer",), ("choose",), ("embed",), ("classify", "tag")])
+def test_every_head_is_compared(tmp_path: Path, heads: tuple[str, ...]) -> None:
+    base = small.encoder(tmp_path)
+    cfg: Any = weights.read_config(base)
+    made = tuple(Head.model_validate({"kind": kind, "labels": ("a", "b", "c") if kind in ("tag", "classify") else ()})
+                 for kind in heads)
+    weights.save(tmp_path / "head", build(cfg.with_tasks(made), "cpu").init(3), tokenizer=base)
+    assert cli.main(["export", str(tmp_path / "head"), "--to", "hf", "--out", str(tmp_path / "out")]) == 0
+    told = files.read_json(tmp_path / "out" / parity.FILE)
+    assert ("transformers" in told["b"]["name"]) == (len(heads) == 1)        # which has no class for two heads
+    changed(tmp_path / "out", lambda t: t.update({n: x * 1.05 for n, x in t.items() if "layer.1.attention.output.dense.weight" in n}))
+    assert "logits" in parity.compare(artefacts.opened(tmp_path / "head"), table.EXPORTERS["hf"].open(tmp_path / "out"),
+                                      [[2, 9, 30, 14, 3]], ()).red
 
 
 def test_a_red_export_is_not_done(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
