@@ -45,4 +45,4 @@ def said(node: Node) -> str:
     known = node.sha256 or node.facts.get("digest") or node.facts.get("fingerprint")
     mark = _("no hash recorded") if known is None else str(known)[:12]
     gone = "" if node.there else _(", not there any more")
-    return _("{what}  {path}  {mark}{gone}").format(what=_(node.what), path=node.path, mark=mark, gone=gone)
+    return _("{what}  {path}  {mark}{gone}").format(what=node.what, path=node.path, mark=mark, gone=gone)

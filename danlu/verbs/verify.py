@@ -107,7 +107,7 @@ def artefact(path: Path, *, as_json: bool) -> int:
 
 def _lines(one: Found) -> Iterator[str]:
     """Yield what is printed of one thing."""
-    yield _("{state}: {what} {path}").format(state=_(one.state), what=_(one.node.what), path=one.node.path)
+    yield _("{state}: {what} {path}").format(state=one.state, what=one.node.what, path=one.node.path)
     yield from (f"    {line}" for line in one.changed)
     yield from (_("    came from {path}, which has changed").format(path=path) for path in one.spoiled_by)
     yield from (_("    not checked: {why}").format(why=why) for why in one.untold)
