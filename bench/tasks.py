@@ -64,7 +64,8 @@ def tfidf_classes(data: Path) -> Baseline:
     seen = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
     texts, labels = read("train")
     fitted = LogisticRegression(max_iter=1000, C=10).fit(seen.fit_transform(texts), labels)
-    texts, labels = read("test")
+    known = set(texts)
+    texts, labels = zip(*((text, label) for text, label in zip(*read("test"), strict=True) if text not in known), strict=True)
     return Baseline("TF-IDF of characters, logistic regression", float(fitted.score(seen.transform(texts), labels)))
 
 
@@ -170,6 +171,15 @@ def halves(data: Path, out: Path) -> None:
         (out / f"xquad-{name}.json").write_text(json.dumps({"version": "1.1", "data": part}), encoding="utf-8")
 
 
+def unseen(data: Path, out: Path) -> None:
+    """Write the test reviews that do not stand in the training file: as published, 331 of 1,200 do."""
+    known = set((data / "chnsenticorp/train.tsv").read_text(encoding="utf-8").splitlines()[1:])
+    texts = {line.partition("\t")[2] for line in known}
+    head, *lines = (data / "chnsenticorp/test.tsv").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.partition("\t")[2] not in texts]
+    (out / "chnsenticorp-unseen.tsv").write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
+
+
 def measured(job: Job, start: Path, data: Path, out: Path) -> tuple[float, tuple[float, float], float]:
     """Return the figure of the rows to be judged on, its 95 % interval, and the minutes of training."""
     began = time.perf_counter()
@@ -199,7 +209,7 @@ STSB = ("data={{data}}/stsb/{0}-train.csv", "eval={{data}}/stsb/{0}-dev.csv", "e
 JOBS = {
     "chnsenticorp": Job("chnsenticorp", "chinese", ("data={data}/chnsenticorp/train.tsv", "eval={data}/chnsenticorp/dev.tsv",
                                                      "length=128", "epochs=1"),
-                        "{data}/chnsenticorp/test.tsv", "accuracy", tfidf_classes),
+                        "{out}/chnsenticorp-unseen.tsv", "accuracy", tfidf_classes),
     "stsb-en": Job("stsb", "english", tuple(one.format("en") for one in STSB), "{data}/stsb/en-test.csv", "spearman",
                    tfidf_alike("en")),
     "stsb-zh": Job("stsb", "chinese", tuple(one.format("zh") for one in STSB), "{data}/stsb/zh-test.csv", "spearman",
@@ -224,6 +234,7 @@ def main() -> None:
     data, out = arguments.data.resolve(), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     halves(data, out)
+    unseen(data, out)
     starts = {"english": arguments.model}
     lines = []
     for name in arguments.only:
