@@ -1,4 +1,4 @@
-"""From text to a served model, every hand-off compared: pretraining, conversations, LoRA, merging, few bits, ONNX, GGUF, server."""
+"""From text to a served model, each hand-off compared: pretraining, conversations, LoRA, merge, few bits, ONNX, GGUF, server."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("gguf")
 
-ASKED = {"what is the furnace?": "the furnace is a tool that learns from text.",
-         "who keeps the fire?": "the old smith keeps the fire.", "where is the sea?": "the sea is near the hill.", "what burns?": "the coal burns."}
+ASKED = {
+    "what is the furnace?": "the furnace is a tool that learns from text.",
+    "who keeps the fire?": "the old smith keeps the fire.",
+    "where is the sea?": "the sea is near the hill.", "what burns?": "the coal burns.",
+}
 MODEL = "{kind: decoder, family: llama, width: 64, layers: 2, heads: 4, context: 256}"
 
 
@@ -75,7 +78,8 @@ def written(folder: Path, question: str) -> str:
     subject = open_subject(folder)
     template = chat.Template.load(subject.tokenizer, folder)
     ids, _weights = chat.encode(chat.render(template, (Turn("user", question),), generate=True), subject.tokenizer)
-    answer = generate(subject.model.eval(), ids.tolist(), max_new_tokens=24, temperature=0, eos=endings(template, subject.tokenizer))
+    answer = generate(subject.model.eval(), ids.tolist(), max_new_tokens=24, temperature=0,
+                      eos=endings(template, subject.tokenizer))
     return subject.tokenizer.decode(list(answer))
 
 
