@@ -13,6 +13,8 @@ from rich.tree import Tree
 from danlu.export.lineage import Node, walk
 from danlu.words import _
 
+WIDE = 10_000                                            # a file or a pipe gets each line whole
+
 
 def main(path: Path, *, as_json: bool) -> int:
     """Print everything that `path` came from, with hashes as receipts tell them; `danlu verify` computes them anew."""
@@ -25,10 +27,11 @@ def main(path: Path, *, as_json: bool) -> int:
             "files": {name: sha for told in node.told for name, sha in told.sha256.items() if name}}
             for n, node in enumerate(nodes)], ensure_ascii=False))
         return 0
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE)
     parents = {id(parent) for node in nodes for parent in node.made_from}
     for node in nodes:
         if id(node) not in parents:
-            Console(file=sys.stdout, soft_wrap=True).print(_grown(node, None))
+            console.print(_grown(node, None))
     return 0
 
 
