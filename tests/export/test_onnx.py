@@ -62,8 +62,9 @@ def theirs(kind: str, out: dict[str, np.ndarray]) -> np.ndarray:
     return out["sentence_embedding" if kind == "embed" else "logits"]
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("family", "name"), [
+    pytest.param(family, name, marks=[] if family == "bert" or (family, name) == ("llama", "classify") else pytest.mark.slow)
+    for family in ("bert", "roberta", "llama") for name in HEADS])
 def test_every_head_says_the_same_whatever_batch_length_and_padding(name: str, family: str, tmp_path: Path) -> None:
     head = HEADS[name]
     kind, chooses = head.kind, head.kind == "choose"
@@ -96,9 +97,10 @@ def test_every_head_says_the_same_whatever_batch_length_and_padding(name: str, f
 
 
 @pytest.mark.parametrize("more", [
-    {"family": "llama", "kv_heads": 2}, {"family": "gpt2"}, {"family": "qwen2", "kv_heads": 1, "tied": True},
-    {"family": "qwen3", "kv_heads": 2, "head_width": 16, "window": 6, "full_layers": 1}, {"family": "mistral", "window": 5},
-    {"family": "llama", "scaling": {"kind": "llama3", "factor": 8.0, "original": 16}},
+    {"family": "llama", "kv_heads": 2}, *(pytest.param(each, marks=pytest.mark.slow) for each in (
+        {"family": "gpt2"}, {"family": "qwen2", "kv_heads": 1, "tied": True},
+        {"family": "qwen3", "kv_heads": 2, "head_width": 16, "window": 6, "full_layers": 1}, {"family": "mistral", "window": 5},
+        {"family": "llama", "scaling": {"kind": "llama3", "factor": 8.0, "original": 16}})),
 ], ids=lambda m: "-".join(map(str, m.values())) if isinstance(m, dict) else "")
 def test_a_decoder_says_the_same_with_and_without_a_cache(more: dict[str, Any], tmp_path: Path) -> None:
     model = decoder(**more)
