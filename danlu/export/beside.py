@@ -72,6 +72,33 @@ class Beside:
         return tuple(str(named[str(i)]) for i in range(len(named))) if named else None
 
 
+class Spoken:
+    """What an artefact in another runtime says of text: it has the files that stand beside it, and nothing of its own."""
+
+    text: Beside
+
+    def encode(self, text: str) -> list[int] | None:
+        """Return the ids of `text` by the tokenizer in the folder."""
+        return self.text.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """Return the text of `ids`."""
+        return self.text.decode(ids)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """Return a conversation as the folder's template writes it; None if it has none."""
+        there = self.text.template is not None and self.text.template.source is not None
+        return self.text.render(messages) if there else None
+
+    def ends(self) -> frozenset[int] | None:
+        """Return the ids that end an answer, by generation_config.json."""
+        return self.text.told_ends()
+
+    def labels(self) -> tuple[str, ...] | None:
+        """Return the names of the classes."""
+        return self.text.labels()
+
+
 def stops(template: chat.Template, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids that end an answer; of a template that says none, eos alone, if there is one."""
     try:

@@ -22,7 +22,7 @@ from danlu import files
 from danlu.errors import ConfigError, DataError
 from danlu.evaluate.subject import Subject
 from danlu.export import source
-from danlu.export.beside import Beside
+from danlu.export.beside import Beside, Spoken
 from danlu.export.graph import Graph, graph_of, said, shapes
 from danlu.models.build import Network
 from danlu.words import _
@@ -132,7 +132,7 @@ def _quantized(path: Path) -> Path:
     return out
 
 
-class Onnx:
+class Onnx(Spoken):
     """A folder of ONNX in onnxruntime."""
 
     def __init__(self, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> None:
@@ -190,24 +190,3 @@ class Onnx:
         row = np.array(ids, np.int64)[None]
         out = self.run(row[:, None] if len(self.inputs["input_ids"]) == 3 else row)
         return said({name: told[0] for name, told in out.items()})
-
-    def encode(self, text: str) -> list[int] | None:
-        """Return the ids of `text` by the tokenizer in the folder."""
-        return self.text.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str | None:
-        """Return the text of `ids`."""
-        return self.text.decode(ids)
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Return a conversation as the folder's template writes it; None if it has none."""
-        there = self.text.template is not None and self.text.template.source is not None
-        return self.text.render(messages) if there else None
-
-    def ends(self) -> frozenset[int] | None:
-        """Return the ids that end an answer, by generation_config.json."""
-        return self.text.told_ends()
-
-    def labels(self) -> tuple[str, ...] | None:
-        """Return the names of the classes."""
-        return self.text.labels()

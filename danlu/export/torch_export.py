@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from danlu import files
 from danlu.errors import ConfigError, DataError, SecurityError
 from danlu.evaluate.subject import Subject
 from danlu.export import source
-from danlu.export.beside import Beside
+from danlu.export.beside import Beside, Spoken
 from danlu.export.graph import graph_of, said, shapes
 from danlu.models.build import Network
 from danlu.words import _
@@ -85,7 +85,7 @@ def _pickles(config: Any) -> bool:
     return any(one.get("use_pickle") is not False for one in config.get("config", {}).values())
 
 
-class Exported:
+class Exported(Spoken):
     """A folder with a program of torch.export, run by PyTorch."""
 
     kind = "torch-export"
@@ -120,24 +120,3 @@ class Exported:
         """Return what is said of one row: [T, V] of a language model, [K], [T, K] or [T, 2] of a task, [D] of a text's vector."""
         row = torch.tensor([list(ids)])
         return said({name: told[0].numpy() for name, told in self.run(row[:, None] if self.chooses else row).items()})
-
-    def encode(self, text: str) -> list[int] | None:
-        """Return the ids of `text` by the tokenizer in the folder."""
-        return self.text.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str | None:
-        """Return the text of `ids`."""
-        return self.text.decode(ids)
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Return a conversation as the folder's template writes it; None if it has none."""
-        there = self.text.template is not None and self.text.template.source is not None
-        return self.text.render(messages) if there else None
-
-    def ends(self) -> frozenset[int] | None:
-        """Return the ids that end an answer, by generation_config.json."""
-        return self.text.told_ends()
-
-    def labels(self) -> tuple[str, ...] | None:
-        """Return the names of the classes."""
-        return self.text.labels()
