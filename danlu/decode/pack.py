@@ -48,7 +48,7 @@ class Laid8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., O] from x [..., I]."""
         flat = x.flatten(0, -2).float()                                                             # [B, I]
-        most = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True).clamp_(min=1e-12)
+        most = flat.abs().amax(-1, keepdim=True).clamp_(min=1e-12)      # a norm of infinity is ten times slower here
         small = torch.addcmul(_ZERO, flat, 127 / most).round_().to(torch.uint8)
         out: Tensor = _OPS.onednn.qlinear_pointwise(small, 1.0, 128, self.laid, self.scale, self.zero, None, 1.0, 0,
                                                     torch.bfloat16, "none", [], "")                 # [B, O]
