@@ -16,7 +16,8 @@ from typing import Any
 
 import danlu
 from danlu import files
-from danlu.errors import ConfigError, DanluError, ResourceError, Stopped, TemporaryError
+from danlu.errors import ConfigError, DanluError, OutOfMemory, ResourceError, Stopped, TemporaryError, short_of_memory
+from danlu.train.launch import SETTINGS
 from danlu.verbs import table
 from danlu.words import DOMAIN, _
 
@@ -61,6 +62,9 @@ def main(arguments: Sequence[str], *, rank: int | None = None, told: Path | None
         if known is None or debug:
             raise
         problem = known
+    if isinstance(problem, OutOfMemory) and told is not None:
+        (told / SETTINGS).write_text("\n".join(problem.settings), encoding="utf-8")
+        return problem.code                              # whoever started this process says it, and starts again
     if rank is not None and not _speaks(problem, rank, told):
         return problem.code
     if as_json:
@@ -73,14 +77,13 @@ def main(arguments: Sequence[str], *, rank: int | None = None, told: Path | None
 def _resource(error: BaseException) -> ResourceError | None:
     """Return the shortage behind an error of the system or of PyTorch's allocators, or None."""
     advice = _("lower rows or length, raise layout.micro, or set recompute=full")
-    if isinstance(error, MemoryError):
-        return ResourceError(_("memory has run out"), fix=advice)
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             return ResourceError(_("the disk is full: {why}").format(why=error), fix=_("free some space and run it again"))
         return None
-    if any(words in str(error) for words in ("not enough memory", "out of memory", "can't allocate memory")):
-        return ResourceError(_("memory has run out: {why}").format(why=str(error).splitlines()[0]), fix=advice)
+    if short_of_memory(error):
+        why = (str(error).splitlines() or [""])[0]
+        return ResourceError(_("memory has run out: {why}").format(why=why) if why else _("memory has run out"), fix=advice)
     return None
 
 

@@ -51,6 +51,20 @@ class ResourceError(DanluError):
     code = 5
 
 
+class OutOfMemory(ResourceError):
+    """A step did not fit; with these settings the same rows may, in smaller micro-batches."""
+
+    def __init__(self, what: str, *, settings: tuple[str, ...]) -> None:
+        super().__init__(what, fix=_("set {settings}").format(settings=" ".join(settings)))
+        self.settings = settings
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Return whether an error of the system, or of one of PyTorch's allocators, means that memory has run out."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("not enough memory", "out of memory", "can't allocate memory")))
+
+
 class NumericError(DanluError):
     """A loss, gradient or parameter is not a number one can learn from."""
 

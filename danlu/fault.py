@@ -15,7 +15,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-ACTIONS = ("kill", "stop", "term", "raise", "enospc", "slow", "nan", "scale50", "bitflip", "truncate")
+ACTIONS = ("kill", "stop", "term", "raise", "enospc", "slow", "nan", "scale50", "bitflip", "truncate", "oom")
 RANK = re.compile(r"rank(\d+)\.")
 
 

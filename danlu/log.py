@@ -41,13 +41,17 @@ class Metrics:
         self.failed = False
         self.board = _tensorboard(folder) if "tensorboard" in trackers and writes else None
 
-    def rewind(self, step: int) -> dict[int, str]:
-        """Drop lines after `step`, so that no step stands twice; return the exact training losses they recorded."""
+    def rewind(self, step: int, *, micro: int | None = None) -> dict[int, str]:
+        """Drop lines after `step`, so that no step stands twice; return the exact training losses they recorded.
+
+        micro: what memory has left of the micro-batches; steps in other ones may round otherwise, and are left out.
+        """
         if not self.writes or not self.path.exists():
             return {}
         lines = list(files.read_lines(self.path))
         files.rewrite_lines(self.path, [line for line in lines if line["step"] <= step])
-        return {line["step"]: line["train/loss_hex"] for line in lines if line["step"] > step and "train/loss_hex" in line}
+        return {line["step"]: line["train/loss_hex"] for line in lines
+                if line["step"] > step and "train/loss_hex" in line and line.get("micro") == micro}
 
     def write(self, step: int, values: Values) -> None:
         """Append one line; NaN and infinity are written as text, never hidden; losses also exactly (hexadecimal)."""

@@ -23,12 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from danlu.errors import ConfigError, TemporaryError
+from danlu.errors import ConfigError, ResourceError, TemporaryError
 from danlu.log import say
 from danlu.words import _
 
 FINAL = frozenset({2, 3, 4, 5, 6, 7})                    # starting again would end the same way
 ASKED = frozenset({128 + number for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)})
+SETTINGS = "settings"                                    # file in which a worker tells with what to start again
 FIRST_WAIT, LAST_WAIT = 1.0, 30.0                        # seconds before a restart, doubled each time
 SETTLE = 3.0                                             # for the rank at fault to be heard: those it leaves may end first
 LOUD = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api",
@@ -43,17 +44,23 @@ def supervise(arguments: list[str], *, world: int, run_folder: Path, max_restart
     A failure that a restart may cure starts them all again; TemporaryError after `max_restarts` in a row without a new
     checkpoint.  shutdown: seconds to save after a signal; grace: seconds to end once another rank has failed.
     """
-    heard, row, again = _Heard(), 0, False
+    heard, row, again, more = _Heard(), 0, False, list[str]()
     step = _newest(run_folder)
     with heard.listening():
         while True:
             # `--a=b` is a word of its own even after a flag, and resuming is what a restart is
-            words = command([*arguments, "--resume=true"] if again else arguments)
-            with _environment(world, again):
+            words = command([*arguments, "--resume=true", *more] if again else arguments)
+            with _environment(world, again) as told_here:
                 codes = _Attempt(heard, shutdown, grace).run(words, world)
+                smaller = (told_here / SETTINGS).read_text("utf-8").split() if (told_here / SETTINGS).exists() else []
             rank, code = judged(codes)
             if heard.signal and code not in FINAL:
                 return 128 + heard.signal if code or len(codes) < world else 0
+            if smaller and code == ResourceError.code:
+                say(_("memory ran out; starting again from the last checkpoint with {settings}, the same rows a step").format(
+                    settings=" ".join(smaller)))
+                more, again = [f"--{setting}" for setting in smaller], True
+                continue
             if code in {0, *FINAL, *ASKED}:
                 return code
             reached = _newest(run_folder)
@@ -132,8 +139,8 @@ def _newest(run_folder: Path) -> int:
 
 
 @contextmanager
-def _environment(world: int, again: bool) -> Iterator[None]:
-    """Set what workers inherit, for the length of an attempt."""
+def _environment(world: int, again: bool) -> Iterator[Path]:
+    """Set what workers inherit, for the length of an attempt; yield the folder in which they tell."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="danlu-") as folder:
@@ -149,7 +156,7 @@ def _environment(world: int, again: bool) -> Iterator[None]:
             "DANLU_FAULT": "" if again else before.get("DANLU_FAULT", ""),     # a planted fault happens once
         }
         try:
-            yield
+            yield Path(folder)
         finally:
             for name in os.environ.keys() - before.keys():
                 del os.environ[name]

@@ -26,6 +26,7 @@ from danlu.train import guard as guards
 from danlu.train.feed import Fed
 from danlu.train.guard import Guard
 from danlu.train.outer import Outer
+from danlu.train.room import fit_in
 from danlu.train.signals import Asked
 from danlu.train.step import Engine
 from danlu.words import _
@@ -44,6 +45,7 @@ class Progress:
     evaluation: dict[str, float] = field(default_factory=dict)
     history: list[float] = field(default_factory=list)   # the guard's
     skipped: int = 0
+    micro: int | None = None                             # micro-batches of a step since memory ran out
 
     def record(self) -> dict[str, Any]:
         """Return the progress as JSON-ready values."""
@@ -68,6 +70,7 @@ class Plan:
     higher: bool                                         # more of it is better
     flops: float                                         # of one step, forward and backward
     peak: float                                          # measured FLOP/s of this device, 0 = unknown
+    rows: tuple[str, ...] = ()                           # settings that keep the rows of a step when layout.micro changes
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,8 @@ class Loop:
         """Make one update if the guard allows it; return [terms] losses, their weighted sum, the rate and the norm."""
         engine, number = self.engine, self.progress.step
         fault("train.step")
-        losses = engine.forward_backward(batch, step=number)
+        losses = fit_in(engine, batch, step=number, rows=self.plan.rows)
+        self.progress.micro = engine.micro if engine.micro > engine.layout.micro else None
         guards.check_counts(engine.counts, step=number)
         if fault("loss") == "scale50":
             losses = losses * 50
@@ -263,6 +267,8 @@ class Loop:
             values["mfu"] = round(self.plan.flops / max(clock.seconds, 1e-9) / self.plan.peak, 4)
         if self.engine.scaler is not None:
             values["loss_scale"] = float(self.engine.scaler.get_scale())
+        if self.progress.micro is not None:
+            values["micro"] = self.progress.micro
         if self.guard.reason:
             values["skipped"] = self.guard.skipped
         return values

@@ -65,7 +65,7 @@ def train(run: Run) -> Path:
     metrics = Metrics(run.out, trackers=run.trackers, writes=world.main)
     if found is not None:
         resume(run, work, found, data)
-    recorded = metrics.rewind(work.progress.step)
+    recorded = metrics.rewind(work.progress.step, micro=work.progress.micro)
     begin(run, work, data, choice)
     if found is None and run.guard.reload:
         check_reload(run, work, data, choice)

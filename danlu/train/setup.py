@@ -276,7 +276,8 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
                 min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.metric,
                 higher=not run.metric.endswith("loss") and metrics.direction(run.metric),
                 flops=model.whole.flops(run.length) * run.step_rows * run.length,
-                peak=parallel.peak(engine.device, run.precision) * engine.world.size)
+                peak=parallel.peak(engine.device, run.precision) * engine.world.size,
+                rows=() if run.micro_rows is None else (f"rows={run.step_rows}", "micro_rows=null"))
     stored = model.state_dict() if run.adapt is None else {n: model.state_dict()[n] for n in kept(model, run.network)}
     ema = {n: placed.local(p).clone() for n, p in stored.items()} if run.ema else None
     watch = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike)
@@ -299,6 +300,7 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
     state = checkpoint.load(found, work.model, work.optimizer, ema=work.ema)
     known = {f.name for f in fields(Progress)}
     work.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
+    work.engine.micro = work.progress.micro or work.engine.micro
     work.progress.position = work.rows.restore(work.progress.position)
     work.guard = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike,
                              history=work.progress.history, skipped=work.progress.skipped)

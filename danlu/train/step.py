@@ -50,6 +50,7 @@ class Engine:
         self.stopping = False                            # … and whether any was, as of the last step
         self.asleep: Callable[[str, int], bool] = lambda name, step: False      # parameters that do not learn yet, by step
         self.number = 0                                  # of the step whose gradients these are
+        self.micro = self.layout.micro                   # micro-batches of a step; more of them once memory has run out
         partial = set(placed.partial())
         self._partial = [leaf for leaf in self.leaves if leaf.name in partial]
         self._tied = [leaf for leaf in self.leaves if leaf.name in placed.tied and self.world.ends is not None]
@@ -114,7 +115,7 @@ class Engine:
         return told[:-1]
 
     def _micro_batches(self, batch: Batch, weights: Tensor, step: int) -> Tensor:
-        micro = self.layout.micro
+        micro = self.micro
         size = batch["ids"].shape[0] // micro
         total = torch.zeros(len(self.scales), dtype=torch.float64, device=self.device)
         for number in range(micro):
@@ -123,6 +124,8 @@ class Engine:
             part = self.objective.enrich(part, self.frozen) if self.frozen else part
             with self.placed.exchanging(number == micro - 1):
                 sums = self.sums(part)
+                if fault("memory") == "oom":
+                    raise torch.OutOfMemoryError("planted: out of memory")
                 loss = (sums * weights.to(sums.dtype)).sum()
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
             total += sums.detach().double()
