@@ -115,7 +115,8 @@ def test_two_interrupts_stop_at_once_and_leave_the_last_checkpoint_whole(recipe:
     whole(out, reference)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no manifest", "no optimizer"])
+@pytest.mark.parametrize("damage", ["flip", "no manifest", *(pytest.param(each, marks=pytest.mark.slow) for each in
+                                                             ("truncate", "empty", "no optimizer"))])
 def test_a_damaged_checkpoint_is_named_set_aside_and_not_used(recipe: Path, reference: str, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "a"
     assert danlu("train", recipe, "--out", out).code == 0
