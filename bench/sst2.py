@@ -2,6 +2,7 @@
 
     python -m bench.sst2 --model MODEL --data DIR               # all-MiniLM-L6-v2 on SST-2, 3 seeds each: 20 minutes on 2 cores
     python -m bench.sst2 --model MODEL --data DIR --lora
+    python -m bench.sst2 --model MODEL --data DIR --only Danlu
 
 MODEL is a folder of a BERT; DIR holds train.tsv, dev.tsv and test.tsv, `text<TAB>label`.  Both take the passes, rows, rate,
 decay and length of the recipe, evaluate as often and keep the best checkpoint by accuracy on dev.
@@ -96,11 +97,13 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--only", choices=["Danlu", "Trainer"], help="one of the two; without their difference")
     arguments = parser.parse_args()
     recipe = RECIPES / ("sst2-lora.yaml" if arguments.lora else "sst2.yaml")
-    found: dict[str, list[Scores]] = {"Danlu": [], "Trainer": []}
+    ways = {name: way for name, way in (("Danlu", ours), ("Trainer", theirs)) if arguments.only in (None, name)}
+    found: dict[str, list[Scores]] = {name: [] for name in ways}
     for seed in arguments.seeds:
-        for name, way in (("Danlu", ours), ("Trainer", theirs)):
+        for name, way in ways.items():
             with tempfile.TemporaryDirectory(prefix="bench-sst2-") as folder:
                 scores = way(recipe, model=arguments.model, data=arguments.data, seed=seed, epochs=arguments.epochs,
                              out=Path(folder) / "run")
@@ -112,7 +115,11 @@ def main() -> None:
         spread = {name: statistics.stdev(s[part] for s in scores) / math.sqrt(count) if count > 1 else math.nan
                   for name, scores in found.items()}
         told = ", ".join(f"{name} {mean[name]:.4f} ± {spread[name]:.4f}" for name in found)
-        print(f"{part}: {told}; difference {mean['Danlu'] - mean['Trainer']:+.4f} ± {math.hypot(*spread.values()):.4f}")
+        apart = "" if arguments.only else (f"; difference {mean['Danlu'] - mean['Trainer']:+.4f} ± "
+                                           f"{math.hypot(*spread.values()):.4f}")
+        print(f"{part}: {told}{apart}")
+    if arguments.only:
+        return
     print(f"minutes of training: Trainer / Danlu = "
           f"{sum(s['minutes'] for s in found['Trainer']) / sum(s['minutes'] for s in found['Danlu']):.2f}")
 
