@@ -28,6 +28,7 @@ from danlu.nn.norm import RMSNorm
 from danlu.nn.paths import Choice
 from danlu.nn.position import Scaling, frequencies, turn
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
+from danlu.nn.unpadded import real
 from danlu.words import _
 
 Family = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"]
@@ -248,6 +249,7 @@ class DecoderModel(nn.Module):
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
+        self.unpadded = False                            # set in training: padding is left out of all but attention
         self.speaks: nn.Module | None = None             # the vocabulary's head as `decode.pack` lays it out
         # No buffer: `to_empty` would leave it without content.
         self.angles, self.sharpen = frequencies(cfg.head_width, cfg.rope_theta, cfg.scaling)
@@ -302,9 +304,14 @@ class DecoderModel(nn.Module):
             sights[-1] = self.ahead.see(sights[-1], x)
             if cfg.window is None or not cfg.full_layers:
                 break
+        alone = real(self.ahead.segments(segments)) if self.unpadded and self.span is None and self.strip.size == 1 else None
+        if alone is not None:
+            sights = [see._replace(real=alone) for see in sights]
+            x = alone.collect(x)
+            rotary = None if rotary is None else (alone.collect(rotary[0]), alone.collect(rotary[1]))
         for i, block in numbered(self.blocks):
             x = block(x, sights[0] if i >= cfg.full_layers else sights[-1], rotary, None if cache is None else cache.layers[i])
-        return x
+        return x if alone is None else alone.spread(x)
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool = False,
               segments: Tensor | None = None, ends: Tensor | None = None, candidates: Tensor | None = None,

@@ -25,6 +25,7 @@ from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation, activate
 from danlu.nn.paths import Choice
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
+from danlu.nn.unpadded import real
 from danlu.words import _
 
 Family = Literal["bert", "roberta"]
@@ -225,6 +226,7 @@ class EncoderModel(nn.Module):
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
+        self.unpadded = False                            # set in training: padding is left out of all but attention
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
@@ -264,9 +266,13 @@ class EncoderModel(nn.Module):
         see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=self.ahead.segments(segments),
                               dtype=attention.working_dtype(x), span=self.span)
         see = self.ahead.see(see, x)
+        if self.unpadded and self.span is None and self.strip.size == 1:
+            see = see._replace(real=real(self.ahead.segments(segments)))
+        if see.real is not None:
+            x = see.real.collect(x)
         for _i, block in numbered(self.blocks):
             x = block(x, see)
-        return x
+        return x if see.real is None else see.real.spread(x)
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, segments: Tensor | None = None,
               starts: Tensor | None = None, **of: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from danlu.nn.collective import Span
 from danlu.nn.drop import mask
 from danlu.nn.norm import RMSNorm
 from danlu.nn.position import rotate
+from danlu.nn.unpadded import Real
 
 DROPPED = 1 << 24       # probabilities that are kept where dropout goes by the "plain" path in place of "sdpa"
 BLOCK = 128     # queries in a block of the "block" path: larger ones compute more of what the causal mask throws away
@@ -29,6 +30,7 @@ class Sight(NamedTuple):
     causal: bool                # token t sees tokens 0..t
     window: int | None          # … and of those only the last `window`
     bias: Tensor | None         # [B or 1, 1, T, S] added to the scores: 0 seen, -inf not.  None: `causal` says it all
+    real: Real | None = None    # where the tokens stand in rows, if padding has been left out of x
 
 
 def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch.dtype, window: int | None = None,
@@ -117,7 +119,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, see: Sight, *, rotary: tuple[Tensor, Tensor] | None = None,
                 past: Past | StepPast | None = None) -> Tensor:
-        """Return [B, T, D].  `rotary` = (cos, sin), each [B or 1, T, K/2]; `past` is extended in place."""
+        """Return [B, T, D], or [1, N, D] where x is the real tokens alone, as `see.real` says.
+
+        `rotary` = (cos, sin), each [B or 1, T, K/2]; `past` is extended in place.
+        """
         q = self.q(x).unflatten(-1, (-1, self.head_width))      # [B, T, H, K]; -1 holds under tensor parallelism
         k = self.k(x).unflatten(-1, (-1, self.head_width))      # [B, T, G, K]
         v = self.v(x).unflatten(-1, (-1, self.head_width))
@@ -125,6 +130,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if see.real is not None:
+            q, k, v = see.real.spread(q), see.real.spread(k), see.real.spread(v)
         if past is not None:
             k, v = past.extend(k, v)                            # [B, S, G, K]
         if self.span is not None:
@@ -135,6 +142,7 @@ class Attention(nn.Module):
             self.watch.append(probabilities(q.to(v.dtype), k.to(v.dtype), see))
         dropout = self.dropout if self.training else 0.0
         out = attend(q.to(v.dtype), k.to(v.dtype), v, see, self.path, dropout=dropout)
+        out = out if see.real is None else see.real.collect(out)
         out = self.o(out.flatten(-2))
         return out if self.after is None else self.after(out)   # type: ignore[no-any-return]
 

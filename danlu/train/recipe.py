@@ -135,7 +135,8 @@ class Run(Model):
     overlong: Literal["error", "split", "drop", "cut"] = Field(
         "error", description="What to do with a document longer than a row.")
     group_by_length: bool = Field(
-        True, description="Without packing: rows of like length come in one step, in random order of steps.")
+        False, description="Without packing: rows of like length come in one step, in random order of steps.  It is faster "
+                           "where attention is costly, but such steps are less alike, which can cost accuracy.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order, masks and dropout.")
     clip: float | None = Field(1.0, gt=0, allow_inf_nan=False, description="Largest norm of the gradient.")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of an average of the weights, saved beside them.")

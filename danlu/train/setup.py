@@ -261,6 +261,8 @@ def training_rows(run: Run, data: Data) -> tuple[Stream | Mixed, int]:
 
 def assemble(run: Run, data: Data, model: Placed) -> Work:
     """Return engine, optimizer, rows and plan for `model`; every check that needs no step is made here."""
+    for part in model.parts:
+        part.unpadded = run.tight and model.world.device.type == "cpu"      # elsewhere it would wait for the device
     plain = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
     engine = keeping(run, data, plain)
     engine.asleep = partial(adapted.asleep, run)
