@@ -70,8 +70,13 @@ def mask(weight: Tensor, how: Prune, norms: Tensor | None = None) -> Tensor:
     if how.method == "wanda":                            # compared within a row, as the paper does
         drop = score.argsort(dim=1, stable=True)[:, : round(how.sparsity * weight.shape[1])]
         return torch.ones_like(weight, dtype=torch.bool).scatter_(1, drop, False)
-    drop = score.flatten().argsort(stable=True)[: round(how.sparsity * weight.numel())]
-    return torch.ones(weight.numel(), dtype=torch.bool, device=weight.device).index_fill_(0, drop, False).view(weight.shape)
+    return without(score, round(how.sparsity * weight.numel()))
+
+
+def without(score: Tensor, count: int) -> Tensor:
+    """Return a mask [O, I] that leaves out the `count` smallest; of equal ones the first."""
+    drop = score.flatten().argsort(stable=True)[:count]
+    return torch.ones(score.numel(), dtype=torch.bool, device=score.device).index_fill_(0, drop, False).view(score.shape)
 
 
 def two_of_four(score: Tensor) -> Tensor:

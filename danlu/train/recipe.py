@@ -20,6 +20,7 @@ from danlu.optim import Optimizers
 from danlu.schedule import Schedules
 from danlu.train.continual import Continual, Teach
 from danlu.train.sources import Source, listed
+from danlu.train.sparsify import KeepZeros, Sparsify
 from danlu.words import _
 
 Models = Annotated[Decoder | Encoder, Field(discriminator="kind")]
@@ -113,6 +114,8 @@ class Run(Model):
                                     "Hugging Face folder; several under names of your own teach together.")
     distil: Teach | None = Field(None, description="How the models under `frozen` teach; empty: the defaults.")
     adapt: Adapters | None = Field(None, description="What is trained in place of all weights of `start`.")
+    sparsify: Sparsify | None = Field(None, discriminator="kind", description="Weights that are 0: what is 0 stays so, or more "
+                                      "becomes so on the way.")
     objective: Objectives = Field(description="What is learned.")
     optim: Optimizers = Field(description="How parameters follow gradients.")
     schedule: Schedules = Field(description="How the learning rate moves.")
@@ -185,7 +188,7 @@ class Run(Model):
         if self.model is not None and self.length > self.model.context:
             problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
                             .format(length=self.length, context=self.model.context))
-        problems += self._of_adapter()
+        problems += [*self._of_adapter(), *self._sparse()]
         layout = self.layout
         if layout.pp > 1 and self.objective.tasks() and self.metric != "eval/loss":
             problems.append(_("under layout.pp the loss of a task is measured, and no figure of it; set metric=loss, or "
@@ -270,6 +273,23 @@ class Run(Model):
         if self.model is not None:
             return [_("adapt changes a model that is there: give `start`, not `model`")]
         return self.adapt.check(self.layout, length=self.length, context=None, pack=self.packed)
+
+    def _sparse(self) -> list[str]:
+        """Return what is wrong with the section `sparsify`."""
+        if self.sparsify is None:
+            return []
+        problems, keeps = [], isinstance(self.sparsify, KeepZeros)
+        if self.adapt is not None:
+            problems.append(_("sparsify needs weights that learn, and adapt={kind} leaves them as they are; leave one of them "
+                              "out").format(kind=self.adapt.kind))
+        if keeps and self.start is None:
+            problems.append(_("sparsify=keep keeps the zeros of a model that is there; name it under `start`"))
+        if not keeps and self.layout.local is not None:
+            problems.append(_("replicas under layout.local would each choose zeros of their own; leave it out, or sparsify=keep"))
+        if not keeps and self.continual is not None and self.continual.average is not None:
+            problems.append(_("continual.average would fill the zeros of sparsify={kind} with weights of before; leave one of "
+                              "them out").format(kind=self.sparsify.kind))
+        return problems
 
     @property
     def network(self) -> Decoder | Encoder | Foreign:

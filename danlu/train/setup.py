@@ -31,7 +31,7 @@ from danlu.objectives import Objectives
 from danlu.objectives.tasks import Tasks
 from danlu.parallel import World
 from danlu.parallel.place import Placed, place
-from danlu.train import adapted, audit, checkpoint, guard, receipt
+from danlu.train import adapted, audit, checkpoint, guard, receipt, sparsify
 from danlu.train.continual import Continual, Replay
 from danlu.train.feed import stream
 from danlu.train.keep import keeping
@@ -40,7 +40,10 @@ from danlu.train.recipe import Run
 from danlu.train.shards import Crew
 from danlu.train.sources import Source
 from danlu.train.step import Engine
+from danlu.train.zeros import Zeros
 from danlu.words import _
+
+MANY = 0.05                                              # of weights that are 0: the model was pruned
 
 
 @dataclass
@@ -270,11 +273,20 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
     for shards, part in zip(data.train, rows.streams if isinstance(rows, Mixed) else (rows,), strict=True):
         guard.check_source(part, shards.name)
     guard.check_schedule(run.schedule, total)
+    if run.sparsify is not None:
+        sparsify.check(run.sparsify, total)
+        engine.zeros = Zeros(run.sparsify, run.network, engine.leaves, engine.world, total=total)
+    elif run.start is not None and run.adapt is None:
+        zeros = Zeros(sparsify.KeepZeros(), run.network, engine.leaves, engine.world, total=total).share
+        if zeros > MANY:
+            say(_("warning: {share:.0%} of the start model's weights are 0, and training fills them; sparsify=keep keeps "
+                  "them").format(share=zeros))
     every = run.every
     plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
                 save=every.save, sample=every.sample, best=every.best, patience=run.stop.patience if run.stop else None,
                 min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.metric,
                 higher=not run.metric.endswith("loss") and metrics.direction(run.metric),
+                settled=sparsify.settled(run.sparsify, total) if run.sparsify is not None else 0,
                 flops=model.whole.flops(run.length) * run.step_rows * run.length,
                 peak=parallel.peak(engine.device, run.precision) * engine.world.size,
                 rows=() if run.micro_rows is None else (f"rows={run.step_rows}", "micro_rows=null"))
@@ -306,6 +318,8 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
                              history=work.progress.history, skipped=work.progress.skipped)
     if work.engine.scaler is not None and state.get("scaler"):
         work.engine.scaler.load_state_dict(state["scaler"])
+    if work.engine.zeros is not None:
+        work.engine.zeros.share = work.engine.zeros.counted()
     changed = receipt.differences(manifest["run"], config.dump(run)) + receipt.elsewhere(manifest)
     if changed:
         say(_("resuming with other settings than the run began with: {changes}").format(changes="; ".join(changed)))

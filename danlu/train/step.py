@@ -21,6 +21,7 @@ from danlu.nn import placed as tensors
 from danlu.objectives.protocol import Batch, Objective, Out
 from danlu.parallel import autocast, context
 from danlu.parallel.place import Leaf, Placed
+from danlu.train.zeros import Zeros
 
 
 class Penalty(Protocol):
@@ -48,6 +49,7 @@ class Engine:
         self.counts = torch.zeros(len(self.scales), dtype=torch.float64)     # [terms] of the last step, over all processes
         self.asked: Callable[[], bool] = lambda: False   # whether this process was asked to stop …
         self.stopping = False                            # … and whether any was, as of the last step
+        self.zeros: Zeros | None = None                  # weights that are 0, and stay so
         self.asleep: Callable[[str, int], bool] = lambda name, step: False      # parameters that do not learn yet, by step
         self.number = 0                                  # of the step whose gradients these are
         self.micro = self.layout.micro                   # micro-batches of a step; more of them once memory has run out
@@ -152,6 +154,8 @@ class Engine:
         if self.penalties:
             value = torch.stack([penalty.add(self.leaves) for penalty in self.penalties]).sum()
             self.penalty = float(self.world.add(value.reshape(1)))
+        if self.zeros is not None:
+            self.zeros.hold()
         own = self._share()
         norm = self._global(own)
         if self.scaler and self.world.size > 1:              # each process looks at its own part: all must skip together
@@ -170,6 +174,8 @@ class Engine:
                 optimizer.step()
         if self.scaler:
             self.scaler.update()
+        if self.zeros is not None:
+            self.zeros.settle(optimizer, self.number + 1)
         for leaf in self.leaves:
             leaf.param.grad = leaf.local.grad = None
         return norm
