@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from danlu.adapt.targets import matches, theirs
+from danlu.adapt.targets import linears, matches
 from danlu.compress import awq, rows
 from danlu.compress.gptq import gptq
 from danlu.config import Model
@@ -48,31 +48,6 @@ class Quantize(Model):
         if self.bits == 4:
             return forms.Int4(group=self.group)
         return forms.Int8(activations=self.method == "dynamic")
-
-
-def linears(model: Any, *, keep: tuple[str, ...] = (), also: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
-    """Return the linear layers of `model` but for heads, by name; without those that `keep` means, with those of `also`.
-
-    Raises ConfigError for a name that means no layer.
-    """
-    foreign = model.cfg.kind == "foreign"
-    table = model.inner.get_output_embeddings() if foreign and not model.cfg.tasks else None
-    able = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not table}
-    known = theirs(model.cfg)
-
-    def named(patterns: tuple[str, ...], where: str) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            here = {name for name in [*able, "embed"] if matches(pattern, name, known.get(name, ""))}
-            if not here:
-                raise ConfigError(_("no layer is called {name!r}; there are {names}").format(
-                    name=pattern, names=", ".join(sorted({name.rsplit(".", 1)[-1] for name in able}))), where=where)
-            found |= here
-        return found
-
-    kept, more = named(keep, "--keep"), named(also, "--also")
-    return {name: layer for name, layer in able.items() if name not in kept
-            and (name in more or not (name == "head" or name.startswith("heads.") or name.startswith("pairs.")))}
 
 
 @torch.no_grad()

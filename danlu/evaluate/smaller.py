@@ -56,12 +56,14 @@ def opened(run: Path) -> Subject:
             weights.forms_in(weights.read_json(subject.folder / "config.json")) or []):
         raise ConfigError(_("the weights are packed already"), where=str(run),
                           fix=_("start from the model that they were packed from"))
-    subject.model = fresh(subject)
+    subject.model = fresh(subject) if adapters.is_adapter(subject.folder) else subject.model.eval()
     return subject
 
 
 def fresh(subject: Subject) -> Any:
-    """Return the subject's model, read anew."""
+    """Return the subject's model, read anew; of one that learned to be rounded, with the weights as they learned."""
+    if adapters.rounding(subject.folder) is not None:
+        return weights.load(subject.folder).eval()
     merged = adapters.is_adapter(subject.folder)
     return adapters.load(subject.folder, merged=merged).eval()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
-from danlu.nn import attention, head, packed, placed
+from danlu.nn import attention, head, packed, placed, rounded
 from danlu.nn.ahead import Ahead
 from danlu.nn.cache import Cache, Past, Step, StepPast
 from danlu.nn.candidates import speak
@@ -339,13 +339,13 @@ class DecoderModel(nn.Module):
         chosen = labels if weights is None else weights
         index = head.learned(chosen, everything=weights is None)
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
-        return speak("lm", x, table.weight, labels, weights, index=index, **of)
+        return speak("lm", x, rounded.seen(table), labels, weights, index=index, **of)
 
     def _all(self, x: Tensor, table: Any) -> Tensor:
         """Return all logits [B, T, V]."""
         if self.speaks is not None:
             return self.speaks(x)                                                       # type: ignore[no-any-return]
-        return packed.multiplied(x, table, None) if packed.is_packed(table) else head.logits(x, table.weight)
+        return packed.multiplied(x, table, None) if packed.is_packed(table) else head.logits(x, rounded.seen(table))
 
     def _places(self, tokens: int, device: torch.device, positions: Tensor | None, cache: Cache | Step | None) -> Tensor:
         """Return the places of the tokens in their documents, [B or 1, T]."""

@@ -17,7 +17,7 @@ from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
 from danlu.models.names import Name, rows, task_names
-from danlu.nn import attention, head, packed, placed
+from danlu.nn import attention, head, packed, placed, rounded
 from danlu.nn.ahead import Ahead
 from danlu.nn.candidates import speak
 from danlu.nn.collective import Span, Strip, numbered
@@ -284,11 +284,11 @@ class EncoderModel(nn.Module):
             if self.head is not None:
                 x = self.head(x)
                 out["logits"] = (packed.multiplied(x, self.embed, self.head.bias) if packed.is_packed(self.embed) else
-                                 head.logits(x, self.embed.weight, self.head.bias))
+                                 head.logits(x, rounded.seen(self.embed), self.head.bias))
         elif self.head is not None:
             index = head.learned(labels if weights is None else weights, everything=weights is None)
             picked = self.head(head.select(x.flatten(0, 1), index))                         # [N, D]
-            out |= speak("mlm", picked, self.embed.weight, labels, weights, bias=self.head.bias, index=index, **of)
+            out |= speak("mlm", picked, rounded.seen(self.embed), labels, weights, bias=self.head.bias, index=index, **of)
         return out
 
     def _say(self, task: Head, x: Tensor, segments: Tensor | None, starts: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from danlu.adapt import Adapter, folder
 from danlu.adapt.freeze import Freeze
 from danlu.adapt.lora import LoRA
+from danlu.adapt.qat import QAT
 from danlu.adapt.quantize import pack_all, require
 from danlu.adapt.targets import kept
 from danlu.adapt.unpack import same
@@ -64,6 +65,11 @@ def _continued(adapt: Adapter, base: Path) -> Adapter:
     return made
 
 
+def apart(run: Run) -> bool:
+    """Return whether checkpoints hold an adapter alone, its base being elsewhere, and not the whole model."""
+    return run.adapt is not None and not isinstance(run.adapt, QAT)
+
+
 def first_device(run: Run) -> str | None:
     """Return where a model is placed at first: "meta" if its base is packed, so that it never lies anywhere in full."""
     return "meta" if isinstance(run.adapt, LoRA) and run.adapt.base is not None else None
@@ -101,7 +107,7 @@ def base_of(model: Placed, cfg: Config) -> dict[str, Tensor]:
 
 def check_resumed(run: Run, found: Path) -> None:
     """Raise IncompatibleError unless the checkpoint `found` holds what the run trains: the same adapter, or a whole model."""
-    then = folder.describe(found).adapt if folder.is_adapter(found) else None
+    then = folder.describe(found).adapt if folder.is_adapter(found) else folder.rounding(found)
     if (then is None) != (run.adapt is None) or (then is not None and run.adapt is not None and not same(then, run.adapt)):
         raise IncompatibleError(_("the adapter is not the one the run began with"), where=str(found),
                                 fix=_("give the adapter of {file}, or choose another `out`").format(file=run.out / "recipe.yaml"))

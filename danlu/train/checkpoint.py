@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu import files, tensorfile
+from danlu.adapt import QAT
 from danlu.adapt import folder as adapters
 from danlu.adapt.targets import kept
 from danlu.errors import ConfigError, IncompatibleError
@@ -51,7 +52,8 @@ class Snapshot:
     state: dict[str, Any]                                # JSON-ready
     facts: dict[str, Any]                                # what the manifest says beside the hashes
     tokenizer: Path | None = None
-    adapter: adapters.Stored | None = None                        # then `model` is only what belongs to it
+    adapter: adapters.Stored | None = None               # then `model` is only what belongs to it
+    rounding: QAT | None = None                          # how the weights were rounded while they learned
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -115,7 +117,8 @@ def _slot(saved: Parts, key: str, whole: Tensor, parameter: Tensor) -> Tensor:
 
 def snapshot(step: int, config: Any, module: Any, optimizer: Optimizer, *, ema: dict[str, Tensor] | None,
              state: dict[str, Any], facts: dict[str, Any], tokenizer: Path | None,
-             copy: Snapshot | None = None, own: bool = True, adapter: adapters.Stored | None = None) -> Snapshot:
+             copy: Snapshot | None = None, own: bool = True, adapter: adapters.Stored | None = None,
+             rounding: QAT | None = None) -> Snapshot:
     """Return the state of a run.  `own=False` refers to the live tensors (for a save that training waits for);
     otherwise they are copied, into the buffers of `copy` when an older snapshot can be overwritten."""
     held = dict(module.state_dict())
@@ -128,7 +131,7 @@ def snapshot(step: int, config: Any, module: Any, optimizer: Optimizer, *, ema: 
         for group, tensors in groups.items():
             groups[group] = tensors and {n: _into(buffers, f"{group}:{n}", t) for n, t in tensors.items()}
     return Snapshot(step, config, groups["model"] or {}, groups["optimizer"] or {}, groups["ema"],
-                    {**state, "optimizer": rest}, facts, tokenizer, adapter, buffers)
+                    {**state, "optimizer": rest}, facts, tokenizer, adapter, rounding, buffers)
 
 
 def _into(buffers: dict[str, Tensor], name: str, source: Tensor) -> Tensor:
@@ -216,6 +219,8 @@ def _parts(folder: Path, snap: Snapshot, crew: Crew) -> Records:
 def _model(folder: Path, snap: Snapshot, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Records:
     if snap.adapter is not None:
         return adapters.write(folder, snap.config, snap.adapter.adapt, state, base=snap.adapter.base, tokenizer=snap.tokenizer)
+    if snap.rounding is not None:
+        adapters.mark(folder, snap.rounding)
     return weights.write_folder(folder, snap.config, state, like=like, tokenizer=snap.tokenizer)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from danlu.adapt import Adapters
+from danlu.adapt import QAT, Adapters
 from danlu.config import Model
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
@@ -270,7 +270,7 @@ class Run(Model):
     def _of_adapter(self) -> list[str]:
         if self.adapt is None:
             return []
-        if self.model is not None:
+        if self.model is not None and not isinstance(self.adapt, QAT):
             return [_("adapt changes a model that is there: give `start`, not `model`")]
         return self.adapt.check(self.layout, length=self.length, context=None, pack=self.packed)
 
@@ -279,9 +279,11 @@ class Run(Model):
         if self.sparsify is None:
             return []
         problems, keeps = [], isinstance(self.sparsify, KeepZeros)
-        if self.adapt is not None:
+        if self.adapt is not None and not isinstance(self.adapt, QAT):
             problems.append(_("sparsify needs weights that learn, and adapt={kind} leaves them as they are; leave one of them "
                               "out").format(kind=self.adapt.kind))
+        if isinstance(self.adapt, QAT) and self.adapt.bits == 4:
+            problems.append(_("in 4 bits with an offset a zero is no zero any more; set adapt.bits=8, or leave sparsify out"))
         if keeps and self.start is None:
             problems.append(_("sparsify=keep keeps the zeros of a model that is there; name it under `start`"))
         if not keeps and self.layout.local is not None:

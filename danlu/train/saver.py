@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from danlu import config, files
-from danlu.adapt import folder
+from danlu.adapt import QAT, folder
 from danlu.errors import NumericError, ResourceError
 from danlu.log import duration, say
 from danlu.nn import paths
@@ -36,7 +36,7 @@ class Saver:
         self.lost: str | None = None
         crew = Crew(work.engine.world.saving)
         self.began: dict[str, Any] = crew.first(lambda: receipt.began_with(run))
-        self.adapter = None if run.adapt is None or run.start is None else folder.Stored(
+        self.adapter = None if not adapted.apart(run) else folder.Stored(
             run.adapt, crew.first(lambda: folder.Base.of(run.start or Path())))
 
     def snapshot(self, progress: Progress, *, own: bool) -> checkpoint.Snapshot:
@@ -50,7 +50,7 @@ class Saver:
                  "parent": self.last.name if self.last else None, **self.began}
         return checkpoint.snapshot(progress.step, run.model, work.model, work.optimizer, ema=work.ema, state=state,
                                    facts=facts, tokenizer=self.data.folder, copy=self.writer.spare, own=own,
-                                   adapter=self.adapter)
+                                   adapter=self.adapter, rounding=run.adapt if isinstance(run.adapt, QAT) else None)
 
     def save(self, progress: Progress, wait: bool) -> None:
         """Begin to save, unless this step is on disk; training goes on unless `wait`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from danlu import chance, config, files, parallel
-from danlu.adapt import folder
+from danlu.adapt import QAT, folder
 from danlu.adapt.lora import LoRA
 from danlu.adapt.targets import kept
 from danlu.data.shards import Shards, read_manifest
@@ -149,7 +149,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
             foreign_config.refuse(model, run.layout, {
                 "pack=false": run.packed, "compile=false": run.compile, "recompute=none": run.recompute != "none",
                 "optim.layer_decay=1": run.optim.layer_decay != 1.0,
-                "adapt=lora": run.adapt is not None and not isinstance(run.adapt, LoRA),
+                "adapt=lora": run.adapt is not None and not isinstance(run.adapt, LoRA | QAT),
                 "adapt.base=null": isinstance(run.adapt, LoRA) and run.adapt.base is not None})
         changes["model"] = model
     elif run.model is not None:
@@ -166,7 +166,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     if run.precision == "auto":
         changes["precision"] = before.get("precision") or crew.first(lambda: parallel.fastest(world.device))
     run = run.model_copy(update=changes)
-    if run.adapt is not None and run.start is not None:
+    if adapted.apart(run) and run.start is not None:
         run = run.model_copy(update={"adapt": adapted.settle(run, run.start)})
     if run.layout.offload and world.device.type == "cpu":
         raise ConfigError(_("layout.offload moves weights from a device to the host, and this device is the host"),
@@ -290,7 +290,7 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
                 flops=model.whole.flops(run.length) * run.step_rows * run.length,
                 peak=parallel.peak(engine.device, run.precision) * engine.world.size,
                 rows=() if run.micro_rows is None else (f"rows={run.step_rows}", "micro_rows=null"))
-    stored = model.state_dict() if run.adapt is None else {n: model.state_dict()[n] for n in kept(model, run.network)}
+    stored = model.state_dict() if not adapted.apart(run) else {n: model.state_dict()[n] for n in kept(model, run.network)}
     ema = {n: placed.local(p).clone() for n, p in stored.items()} if run.ema else None
     watch = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike)
     return Work(model, engine, optimizer, ema, rows, plan, watch, Progress(position=rows.begin()), plain)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from danlu.adapt.targets import linears
 from danlu.compress import prune
-from danlu.compress.quantize import linears
 from danlu.models.build import Config, build
 from danlu.nn import placed
 from danlu.parallel import World
@@ -44,7 +44,7 @@ class Zeros:
 
     @torch.no_grad()
     def settle(self, optimizer: Optimizer, step: int) -> None:
-        """Let what was 0 be 0 again after update number `step` (from 1), and more if it is time; in the optimizer's state, too."""
+        """Let what was 0 be 0 again after update number `step` (from 1), and more if it is time; in its state, too."""
         for leaf, mask in zip(self.leaves, self.masks, strict=True):
             leaf.local.mul_(mask)
         wanted = None if isinstance(self.how, KeepZeros) else share(self.how, step, self.total)
@@ -99,5 +99,5 @@ class Zeros:
 def meant(how: Sparsify, cfg: Config) -> set[str]:
     """Return the names of the weights of the model that `how` means.  ConfigError for a layer that is not there."""
     model = build(cfg)
-    layers = linears(model, also=("*",)) if isinstance(how, KeepZeros) else linears(model, keep=how.keep, also=how.also)
-    return {f"{name}.weight" for name in layers}
+    keep, also = ((), ("*",)) if isinstance(how, KeepZeros) else (how.keep, how.also)
+    return {f"{name}.weight" for name in linears(model, keep=keep, also=also, where="sparsify.")}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from danlu import parallel
-from danlu.adapt import IA3, Adapter, BitFit, Bottleneck, Freeze, LoRA, Prefix, Prompt, PTuning
+from danlu.adapt import IA3, QAT, Adapter, BitFit, Bottleneck, Freeze, LoRA, Prefix, Prompt, PTuning
 from danlu.layout import Layout, Local
 from danlu.models.build import Config, build
 from danlu.models.decoder import Decoder
@@ -92,6 +92,7 @@ ADAPTED: dict[str, tuple[str, Adapter]] = {
     "IA3": ("causal LM, tied", IA3()), "houlsby": ("causal LM", Bottleneck(style="houlsby", reduction=4)),
     "prefix": ("causal LM", Prefix(tokens=3)), "prompt": ("causal LM, tied", Prompt(tokens=4)),
     "ptuning": ("MLM+NSP", PTuning(tokens=4, hidden=8)), "bitfit": ("MLM+NSP", BitFit()), "freeze": ("causal LM", Freeze(last=1)),
+    "QAT": ("causal LM", QAT(bits=4, group=24)), "QAT, tied": ("causal LM, tied", QAT(bits=8)),
 }
 
 
