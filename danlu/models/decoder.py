@@ -27,6 +27,7 @@ from danlu.nn.mlp import MLP, Activation
 from danlu.nn.norm import RMSNorm
 from danlu.nn.paths import Choice
 from danlu.nn.position import Scaling, frequencies, turn
+from danlu.nn.taps import Taps
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
 from danlu.words import _
 
@@ -248,6 +249,7 @@ class DecoderModel(nn.Module):
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
+        self.taps = Taps()                               # opened where a student learns from the inside
         self.speaks: nn.Module | None = None             # the vocabulary's head as `decode.pack` lays it out
         # No buffer: `to_empty` would leave it without content.
         self.angles, self.sharpen = frequencies(cfg.head_width, cfg.rope_theta, cfg.scaling)
@@ -303,7 +305,8 @@ class DecoderModel(nn.Module):
             if cfg.window is None or not cfg.full_layers:
                 break
         for i, block in numbered(self.blocks):
-            x = block(x, sights[0] if i >= cfg.full_layers else sights[-1], rotary, None if cache is None else cache.layers[i])
+            see = sights[0] if i >= cfg.full_layers else sights[-1]
+            x = self.taps.take(i, block(x, see, rotary, None if cache is None else cache.layers[i]))
         return x
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool = False,
@@ -312,6 +315,7 @@ class DecoderModel(nn.Module):
         """Return what `forward` does, from what the last block put out."""
         x = self.strip.join(x)
         said = {t.name: self._say(t, x, segments, ends) for t in self.cfg.tasks}
+        said |= self.taps.let_out(self.strip, self.ahead.tokens)
         if not self.cfg.lm:
             return said if said else {"hidden": self.norm(x)}
         return said | self._speak(x, labels, weights, last=last, candidates=candidates, soften=soften, most=most)

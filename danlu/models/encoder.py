@@ -24,6 +24,7 @@ from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation, activate
 from danlu.nn.paths import Choice
+from danlu.nn.taps import Taps
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
 from danlu.words import _
 
@@ -225,6 +226,7 @@ class EncoderModel(nn.Module):
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
+        self.taps = Taps()                               # opened where a student learns from the inside
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
@@ -264,8 +266,8 @@ class EncoderModel(nn.Module):
         see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=self.ahead.segments(segments),
                               dtype=attention.working_dtype(x), span=self.span)
         see = self.ahead.see(see, x)
-        for _i, block in numbered(self.blocks):
-            x = block(x, see)
+        for i, block in numbered(self.blocks):
+            x = self.taps.take(i, block(x, see))
         return x
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, segments: Tensor | None = None,
@@ -279,6 +281,7 @@ class EncoderModel(nn.Module):
             out["pooled"] = torch.tanh(self.pooler(x[:, 0]))
             out |= {name: pair(out["pooled"]) for name, pair in self.pairs.items()}
         x = x[:, skip:]
+        out |= self.taps.let_out(self.strip, skip)
         if labels is None:
             out["hidden"] = x
             if self.head is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,10 +30,10 @@ def settle(run: Run, start: Path) -> Adapter:
     It is that of `adapt.start` where there is one.  What the base lacks (a pooler) is trained in full, and saved.  Raises
     ConfigError for what cannot be.
     """
-    assert run.adapt is not None
+    assert run.adapt is not None and not isinstance(run.adapt, QAT)
     if first_device(run) is not None:
         require()
-    adapt = _continued(run.adapt, start)
+    adapt: Any = _continued(run.adapt, start)
     lacking = {name.rpartition(".")[0] for name in weights.lacking(run.network, start) if not name.startswith("heads.")}
     if lacking:
         adapt = adapt.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*adapt.modules_to_save, *sorted(lacking))))})

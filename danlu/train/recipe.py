@@ -228,8 +228,6 @@ class Run(Model):
         if given.average is not None and given.average.last > self.every.keep:
             problems.append(_("continual.average.last={n} checkpoints are averaged, and every.keep={m} are kept").format(
                 n=given.average.last, m=self.every.keep))
-        if given.distil is not None and self.layout.pp > 1:
-            problems.append(_("continual.distil asks a model that one process sees whole; set layout.pp=1"))
         return problems
 
     def _taught(self) -> list[str]:
@@ -237,8 +235,14 @@ class Run(Model):
         problems = []
         if self.distil is not None and not self.frozen:
             problems.append(_("distil learns from a teacher; name it: frozen.teacher=runs/x"))
-        if self.frozen and self.layout.pp > 1:
-            problems.append(_("a model under frozen is one that each process sees whole; set layout.pp=1"))
+        inside = self.distil is not None and (self.distil.hidden or self.distil.relations)
+        if inside and self.layout.pp > 1:
+            problems.append(_("distil.hidden and distil.relations look inside all blocks, which no process has under layout.pp; "
+                              "leave them out, or set layout.pp=1"))
+        if inside and self.compile and self.distil.relations:                # type: ignore[union-attr]
+            problems.append(_("distil.relations looks inside a block, where compile lets nobody look; set compile=false"))
+        if inside and self.layout.cp > 1 and self.distil.relations:          # type: ignore[union-attr]
+            problems.append(_("distil.relations compares all tokens of a row, which layout.cp cuts; set layout.cp=1"))
         if self.frozen and self.continual is not None and self.continual.distil is not None:
             problems.append(_("frozen and continual.distil both name models to learn from; give one of them"))
         return problems

@@ -36,7 +36,7 @@ class Saver:
         self.lost: str | None = None
         crew = Crew(work.engine.world.saving)
         self.began: dict[str, Any] = crew.first(lambda: receipt.began_with(run))
-        self.adapter = None if not adapted.apart(run) else folder.Stored(
+        self.adapter = None if run.adapt is None or not adapted.apart(run) else folder.Stored(
             run.adapt, crew.first(lambda: folder.Base.of(run.start or Path())))
 
     def snapshot(self, progress: Progress, *, own: bool) -> checkpoint.Snapshot:

@@ -318,6 +318,8 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
                              history=work.progress.history, skipped=work.progress.skipped)
     if work.engine.scaler is not None and state.get("scaler"):
         work.engine.scaler.load_state_dict(state["scaler"])
+    if work.engine.probes is not None:
+        work.engine.probes.restore(work.optimizer)
     if work.engine.zeros is not None:
         work.engine.zeros.share = work.engine.zeros.counted()
     changed = receipt.differences(manifest["run"], config.dump(run)) + receipt.elsewhere(manifest)
