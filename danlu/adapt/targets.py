@@ -63,14 +63,14 @@ def chosen(model: Any, target: str | Sequence[str], *, embeddings: bool) -> list
 
 
 def linears(model: Any, *, keep: tuple[str, ...] = (), also: tuple[str, ...] = (),
-            where: str = "--") -> dict[str, nn.Linear]:
+            where: str = "--", kinds: tuple[type[nn.Linear], ...] = (nn.Linear,)) -> dict[str, nn.Linear]:
     """Return the linear layers of `model` but for heads, by name; without those that `keep` means, with those of `also`.
 
     Raises ConfigError for a name that means no layer; `where` is said before "keep" and "also".
     """
     foreign = model.cfg.kind == "foreign"
     table = model.inner.get_output_embeddings() if foreign and not model.cfg.tasks else None
-    able = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not table}
+    able = {name: layer for name, layer in model.named_modules() if type(layer) in kinds and layer is not table}
     known = theirs(model.cfg)
 
     def named(patterns: tuple[str, ...], option: str) -> set[str]:

@@ -65,9 +65,12 @@ def size(folder: Path) -> int:
 
 
 def dtype_of(folder: Path) -> str:
-    """Return the type of the weights in a folder by its name, fp32 where there are several."""
+    """Return the type of the weights in a folder by its name, fp32 where there are several; of packed ones that of the others."""
     try:
-        kinds = {t.dtype for t in weights.read_tensors(folder).values() if t.is_floating_point()}
+        packs = (folder / weights.PACKED).is_file()
+        held = weights.read_packed(folder) if packs else weights.read_tensors(folder)
+        kinds = {t.dtype for name, t in held.items() if t.is_floating_point() and (
+            not packs or name.rpartition(".")[2] in ("weight", "bias", "up", "down", "values"))}
     except ConfigError:                                  # an adapter: merged, it is computed in float32
         return "fp32"
     return next((name for name, kind in DTYPES.items() if kinds == {kind}), "fp32")

@@ -57,9 +57,11 @@ def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> forms
     given: calibration rows, which gptq and awq need.  Embeddings and the vocabulary's head are rounded to nearest.
     """
     assert not model.training, "dropout would blur what the layers are given: call model.eval() first"
-    layers = linears(model, keep=how.keep, also=how.also)
-    if any(packed.is_packed(layer) for layer in model.modules()):
+    if any(packed.is_packed(layer) and not _thin(layer) for layer in model.modules()):
         raise ConfigError(_("the weights are packed already"), fix=_("start from the model that they were packed from"))
+    layers = linears(model, keep=how.keep, also=how.also, kinds=(nn.Linear, packed.LowLinear))
+    for name in [name for name, layer in layers.items() if _thin(layer)]:
+        _round_thin(layers.pop(name), how)
     if how.method in ("gptq", "awq"):
         for stage in rows.stages(model, layers, rows.needed(given, how.method)):
             _with_rows(model, how, stage)
@@ -72,6 +74,20 @@ def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> forms
             if type(table) in (nn.Embedding, nn.Linear) and not any(matches(pattern, name) for pattern in how.keep):
                 packed.become(table, forms.Int8(), forms.Int8().pack(table.weight))
     return packed.forms(model)
+
+
+def _thin(layer: object) -> bool:
+    """Return whether a layer has two thin matrices that are not rounded."""
+    return isinstance(layer, packed.LowLinear) and layer.form.rounded is None
+
+
+def _round_thin(layer: Any, how: Quantize) -> None:
+    """Round both matrices of a layer.  ConfigError: the method is one for whole matrices."""
+    if how.method not in ("rtn", "nf4"):
+        raise ConfigError(_("{method} is for whole matrices, and these are products of thin ones").format(method=how.method),
+                          where="--method", fix="--method rtn")
+    form = layer.form.model_copy(update={"rounded": how.form})
+    packed.become(layer, form, form.round(*packed.thin(layer)))
 
 
 def _with_rows(model: Any, how: Quantize, stage: rows.Stage) -> None:

@@ -52,7 +52,7 @@ def opened(run: Path) -> Subject:
     """Return what is made smaller, ready to compute; an adapter is merged into its base.  ConfigError: its weights are packed."""
     subject = open_subject(run)
     if (subject.folder / weights.PACKED).is_file() and any(
-            form["form"]["kind"] not in ("cut", "bits") for form in
+            form["form"]["kind"] not in ("cut", "bits", "low") or form["form"].get("rounded") for form in
             weights.forms_in(weights.read_json(subject.folder / "config.json")) or []):
         raise ConfigError(_("the weights are packed already"), where=str(run),
                           fix=_("start from the model that they were packed from"))

@@ -105,8 +105,8 @@ def test_states_are_compared_as_the_formula_says(world: Path, tmp_path: Path, ki
     chosen = [by.states[1], by.states[3]] if teacher == "teacher" else by.states
     wanted = 0.0
     for mine, theirs in zip(student.states, chosen, strict=True):
-        said, theirs = (mine @ matrix.mT)[real(batch)], theirs[real(batch)]
-        apart = (said - theirs).square().mean(-1) if like == "mse" else 1 - F.cosine_similarity(said, theirs, dim=-1)
+        said, there = (mine @ matrix.mT)[real(batch)], theirs[real(batch)]
+        apart = (said - there).square().mean(-1) if like == "mse" else 1 - F.cosine_similarity(said, there, dim=-1)
         wanted += float(apart.mean()) / 2
     assert work.engine.objective.terms[-1] == "distil/hidden" and work.engine.objective.scales[-1] == 0.7
     assert float(losses[-1]) == pytest.approx(wanted, rel=1e-4)
