@@ -20,7 +20,7 @@ PARTS = ("q", "k", "v")
 
 @dataclass(frozen=True)
 class Inside:
-    """Terms for the states of blocks (TinyBERT; Jiao et al., 2019) and for relations (MiniLMv2; Wang et al., 2020).
+    """Terms for the states of blocks (TinyBERT; Jiao et al., 2019) and for relations (MiniLMv2; Wang et al., 2021).
 
     maps: for each teacher its block for each block of the student.  A token's state costs the mean squared difference over the
     width, or 1 - cosine; its relations the Kullback-Leibler divergence from the teacher's softmax(x·xᵀ/sqrt(d)) over the tokens

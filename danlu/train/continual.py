@@ -56,7 +56,7 @@ class Teach(Model):
     like: Literal["mse", "cosine"] = Field("mse", description="How states are compared: by the mean squared difference over "
                                            "their width, or by 1 - cosine.")
     relations: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of how tokens relate to one another, in "
-                             "queries, keys and values of the last block (MiniLMv2; Wang et al., 2020).")
+                             "queries, keys and values of the last block (MiniLMv2; Wang et al., 2021).")
     relation_heads: int | None = Field(None, gt=0, description="Parts of their width that are related each by itself; empty: as "
                                        "many as the student has heads.")
 

@@ -322,8 +322,9 @@ class Run(Model):
 
     @property
     def tight(self) -> bool:
-        """Whether a batch is as long as its longest row; pipelines and compiled blocks want one length."""
-        return not self.packed and self.layout.pp == self.layout.cp == 1 and not self.compile
+        """Whether a batch is as long as its longest row; pipelines, cut rows and compiled blocks want one length."""
+        layout = self.layout
+        return not (self.packed or layout.pp > 1 or layout.cp > 1 or layout.sequence or self.compile)
 
     ALIASES: ClassVar[Mapping[str, str | Callable[[Any], dict[str, Any]]]] = {}
 
