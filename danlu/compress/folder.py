@@ -33,12 +33,13 @@ def write(out: Path, model: Any, *, receipt: Mapping[str, Any], run: Mapping[str
     if out.exists():
         raise ConfigError(_("the folder exists already"), where=str(out), fix=_("choose another name, or remove it"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    kind, table = DTYPES[dtype], table_of(model)
-    table += prune.sparse(model, kind) if sparse else []
+    kind = DTYPES[dtype]
+    table = [*table_of(model), *(prune.sparse(model, kind) if sparse else ())]
     with files.appearing(out) as temporary:
         if table:
             plain = dict.fromkeys((name for name, _p in model.named_parameters()), kind)
-            written = weights.write_packed(temporary, model, table=table, tokenizer=tokenizer, dtype=plain)
+            written = weights.write_packed(temporary, model.cfg, model.state_dict(), table=table, tokenizer=tokenizer,
+                                           dtype=plain)
         else:
             written = weights.write_folder(temporary, model.cfg, model.state_dict(), dtype=kind, tokenizer=tokenizer)
         listed = {file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": files.sha256(file)}

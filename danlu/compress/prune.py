@@ -90,7 +90,7 @@ def two_of_four(score: Tensor) -> Tensor:
 
 def sparse(model: Any, dtype: torch.dtype = torch.float32) -> forms.Table:
     """Return the forms of the layers that are smaller as a mask and the weights that are left: those of many zeros."""
-    table: forms.Table = []
+    table: list[tuple[str, forms.Bits]] = []
     for name, layer in linears(model, also=("*",)).items():
         form = forms.Bits(count=int(layer.weight.count_nonzero()), dtype=str(dtype).removeprefix("torch."))     # type: ignore[arg-type]
         if sum(part.bytes for part in form.parts(*layer.weight.shape).values()) < layer.weight.numel() * dtype.itemsize:

@@ -232,14 +232,13 @@ def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype
     return model
 
 
-def write_packed(folder: Path, model: nn.Module, *, table: forms.Table, tokenizer: Path | None = None,
+def write_packed(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, table: forms.Table, tokenizer: Path | None = None,
                  dtype: Mapping[str, torch.dtype] | None = None) -> dict[str, tensorfile.Written]:
     """Write a model with layers in the forms of `table` into an existing `folder`; Danlu opens it, `transformers` does not.
 
     dtype: of single weights by our name, where it is another.  The tensors stand under our names.
     """
-    cfg: Any = model.cfg
-    state = dict(model.state_dict())
+    state = dict(state)
     for name, form in table:
         if isinstance(form, forms.Bits):
             state |= {f"{name}.{part}": tensor for part, tensor in form.pack(state.pop(f"{name}.weight")).items()}

@@ -6,7 +6,7 @@ O outputs, I inputs, G groups of a row, g weights of a group, r rank, M rows of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -254,7 +254,7 @@ class Cut(Model):
 
 Form = Annotated[Int8 | Int4 | NF4 | Bits | Low | Cut, Field(discriminator="kind")]
 Rounded = Int8 | Int4 | NF4                              # forms of fewer bits
-Table = list[tuple[str, Int8 | Int4 | NF4 | Bits | Low | Cut]]
+Table = Sequence[tuple[str, Int8 | Int4 | NF4 | Bits | Low | Cut]]
 
 
 def _factors(divided: bool, columns: int) -> dict[str, Part]:

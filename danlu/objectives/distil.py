@@ -85,13 +85,17 @@ class Distilled:
 
     def collate(self, rows: Sequence[Row], vocab: Special, rng: Rng, length: int) -> Batch:
         """Return what the objective inside does, distil/row_weights [B]: 1 for rows that heads of classes read; for text also
-        distil/old [B]: 1 for rows that are compared, and soften [B].
+        distil/old [B]: 1 for rows that are compared, and soften [B]; for what is inside distil/real [B, T]: 1 for
+        tokens that are no padding.
         """
         columns = self.inner.collate(rows, vocab, rng, length)
         if self.text:
             columns["distil/old"] = torch.tensor([float(row["key"][0] >= self.old) for row in rows])
             if self.temperature != 1:
                 columns["soften"] = torch.full((len(rows),), self.temperature)
+        if self.inside:
+            there = columns.get("segments")
+            columns["distil/real"] = torch.ones(columns["ids"].shape) if there is None else (there > 0).float()
         read = torch.ones(len(rows))
         if isinstance(self.inner, Tasks):
             parts = [columns[f"{name}/rows"] for name, part in self.inner.parts.items() if part.objective.tasks()]

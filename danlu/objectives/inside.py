@@ -49,12 +49,12 @@ class Inside:
         return {f"distil/{teacher}/{column}": out[name].float() for column, name in (blocks | parts).items()}
 
     def count(self, batch: Batch) -> list[Tensor]:
-        """Return the number of tokens [1], float64, of each term."""
-        return [_real(batch).sum(dtype=torch.float64)[None]] * len(self.terms)
+        """Return the number of tokens [1], float64, of each term; distil/real [B, T] is 1 for those that are no padding."""
+        return [batch["distil/real"].sum(dtype=torch.float64)[None]] * len(self.terms)
 
     def loss(self, out: Out, batch: Batch) -> list[Tensor]:
         """Return the sum over tokens of each term, of several teachers the mean."""
-        real, sums = _real(batch), []
+        real, sums = batch["distil/real"], []
         if self.hidden:
             apart = [self._states(out, batch, i) for i in range(len(self.maps))]
             sums.append((sum(apart[1:], apart[0]) / len(self.maps) * real).sum())
@@ -89,11 +89,6 @@ def related(x: Tensor, heads: int, unseen: Tensor) -> Tensor:
     x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)                # [B, R, T, d]
     scores = x @ x.mT / math.sqrt(x.shape[-1])
     return F.log_softmax(scores.masked_fill(unseen[:, None], torch.finfo(scores.dtype).min), -1)
-
-
-def _real(batch: Batch) -> Tensor:
-    """Return 1 for each token that is not padding, [B, T]."""
-    return (batch["segments"] > 0).float() if "segments" in batch else torch.ones(batch["ids"].shape, device=batch["ids"].device)
 
 
 def _unseen(batch: Batch, causal: bool) -> Tensor:

@@ -16,8 +16,9 @@ from danlu.adapt.quantize import pack_all, require
 from danlu.adapt.targets import kept
 from danlu.adapt.unpack import same
 from danlu.errors import ConfigError, IncompatibleError
-from danlu.models import weights
+from danlu.models import formed, weights
 from danlu.models.build import Config
+from danlu.nn.forms import Table
 from danlu.optim.groups import depth_factor, rescale
 from danlu.parallel.place import Placed
 from danlu.train.recipe import Run
@@ -99,9 +100,28 @@ def begin(run: Run, model: Placed) -> None:
         folder.put({name: held[name] for name in kept(model, run.network) if name in stored}, stored, where=str(begun))
 
 
-def base_of(model: Placed, cfg: Config) -> dict[str, Tensor]:
+def table_of(run: Run) -> Table:
+    """Return the forms of the layers of `start` that are not as its config says, and learn all the same.
+
+    Raises ConfigError for what cannot be with them.
+    """
+    if run.start is None or not (run.start / weights.PACKED).is_file():
+        return []
+    table = formed.table_of(run.start)
+    wrong = [_("an adapter needs whole weights under it; leave adapt out, and the thinner or smaller layers learn themselves")
+             ] if run.adapt is not None else []
+    if table and run.layout.tp > 1:
+        wrong.append(_("layout.tp cuts matrices that are as the config says; set layout.tp=1"))
+    if table and run.continual is not None and run.continual.average is not None:
+        wrong.append(_("continual.average averages whole weights; leave it out"))
+    if wrong:
+        raise ConfigError("; ".join(wrong), where=str(run.start))
+    return table
+
+
+def base_of(model: Placed, cfg: Config, table: Table) -> dict[str, Tensor]:
     """Return the parameters and stored buffers that are here and the base's, not an adapter's."""
-    whole = weights.shapes(cfg).keys()
+    whole = formed.names(cfg, table)
     held = {**dict(model.named_parameters()), **{name: b for part in model.parts for name, b in part.named_buffers()}}
     return {name: tensor for name, tensor in held.items() if name in whole}
 

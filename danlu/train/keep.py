@@ -15,7 +15,7 @@ from danlu.adapt import folder as adapters
 from danlu.data.stream import Mixed
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
-from danlu.models import weights
+from danlu.models import formed, weights
 from danlu.models.build import Config
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
@@ -197,8 +197,9 @@ def _asked(run: Run, folder: Path, objective: Distilled, plain: Engine, number: 
     world = plain.world
     if world.layout.pp > 1:
         world = replace(world, layout=world.layout.model_copy(update={"pp": 1, "micro": 1, "stages": None, "pipeline": "1f1b"}))
-    frozen = place(cfg, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows)
-    weights.fill(dict(frozen.named_parameters()), cfg, folder)
+    frozen = place(cfg, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows,
+                   table=formed.table_of(folder))
+    formed.fill(dict(frozen.named_parameters()), cfg, folder)
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
     frozen.eval()

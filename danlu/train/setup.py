@@ -24,8 +24,7 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.evaluate import metrics
 from danlu.log import count, say
-from danlu.models import foreign_config, weights
-from danlu.models.build import build
+from danlu.models import foreign_config, formed, weights
 from danlu.nn import paths, placed
 from danlu.objectives import Objectives
 from danlu.objectives.tasks import Tasks
@@ -166,6 +165,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     if run.precision == "auto":
         changes["precision"] = before.get("precision") or crew.first(lambda: parallel.fastest(world.device))
     run = run.model_copy(update=changes)
+    adapted.table_of(run)                                # what cannot be with it is said first
     if adapted.apart(run) and run.start is not None:
         run = run.model_copy(update={"adapt": adapted.settle(run, run.start)})
     if run.layout.offload and world.device.type == "cpu":
@@ -213,7 +213,8 @@ def classes(data: Data, task: str | None = None) -> tuple[list[str], list[int]]:
 def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
     """Return this process's part of the model, with its first weights: random by the seed, or those of `start`."""
     placed = place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, compile=run.compile,
-                   length=run.length, rows=run.part_rows, adapt=run.adapt, device=adapted.first_device(run))
+                   length=run.length, rows=run.part_rows, adapt=run.adapt, device=adapted.first_device(run),
+                   table=adapted.table_of(run))
     placed.fresh = frozenset(first_weights(run, placed))
     if placed.fresh:
         say(_("new weights, made at random: {names}").format(names=", ".join(sorted(placed.fresh))))
@@ -226,7 +227,8 @@ def first_weights(run: Run, model: Placed) -> list[str]:
     model.init(run.seed)
     if run.start is None:
         return []
-    fresh = weights.fill(adapted.base_of(model, run.network), run.network, run.start, fresh=is_head)
+    base = adapted.base_of(model, run.network, adapted.table_of(run))
+    fresh = formed.fill(base, run.network, run.start, fresh=is_head)
     if run.adapt is not None:
         adapted.begin(run, model)
     return fresh
@@ -332,7 +334,7 @@ def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
     """Audit the data, write the receipt and say the plan: the first process, for all.  Raises DataError."""
     if not work.engine.world.main:
         return
-    parameters = sum(p.numel() for p in build(run.network).parameters())
+    parameters = sum(p.numel() for p in formed.made(run.network, adapted.table_of(run)).parameters())
     found = audit.audited(run, work.rows, data.train, data.judged, data.tokenizer, total=work.plan.total)
     audit.tell(found, run.out / "audit.json")
     receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.judged)], tokenizer=data.tokenizer.sha256,
