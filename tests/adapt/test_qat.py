@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from cli import danlu
 from torch import nn
 
@@ -122,6 +123,32 @@ def test_it_goes_on_to_the_bit(world: Path, tmp_path: Path) -> None:
     last = train(again)
     a, b = weights.load(whole).state_dict(), weights.load(last).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_is_exported_is_rounded(world: Path, tmp_path: Path) -> None:
+    last = train(learning(world, tmp_path / "run", start=str(world / "dense"), adapt={"kind": "qat", "bits": 8}, steps=4))
+    assert danlu("export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf").code == 0
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.randint(5, 60, (4, 12))
+    with torch.no_grad():
+        ours: Any = checkpoint.load_model(last)(ids)["classify"]
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-4, atol=1e-5)
+    up = theirs.bert.encoder.layer[0].intermediate.dense.weight
+    assert all(len(row.unique()) <= 255 for row in up) and not torch.equal(up, weights.load(last).blocks[0].mlp.up.weight)
+    assert danlu("lineage", tmp_path / "run").code == danlu("verify", tmp_path / "run").code == 0
+
+
+def test_a_model_of_transformers_learns_so_too(world: Path, tmp_path: Path) -> None:
+    size = Tokenizer.load(world / "tok").special.size
+    cfg = transformers.DistilBertConfig(vocab_size=size, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64)
+    transformers.DistilBertForMaskedLM(cfg).save_pretrained(tmp_path / "start")
+    Tokenizer.load(world / "tok").save(tmp_path / "start")
+    run = learning(world, tmp_path / "run", start=str(tmp_path / "start"), pack=False, steps=4, adapt={"kind": "qat", "bits": 8},
+                   sparsify={"kind": "magnitude", "begin": 1, "until": 3, "every": 1})
+    last = train(run)
+    model: Any = checkpoint.load_model(last)
+    layer = model.inner.distilbert.transformer.layer[0].ffn.lin1
+    assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.05) and len(layer.weight[0].unique()) <= 255
 
 
 def test_learning_to_be_rounded_beats_rounding_afterwards(world: Path, tmp_path: Path) -> None:
