@@ -196,6 +196,8 @@ class Loop:
         guards.check_replay(recorded.pop(number + 1, None), loss, step=number + 1)
         lr = self.plan.lr * self.plan.schedule.at(number, self.plan.total)
         norm = self.update(batch, loss, lr)
+        if engine.zeros is not None and engine.zeros.changed:
+            self.guard.history.clear()                   # what the model loses with its weights is no spike
         self.hooks.after_update()
         self.progress.tokens += int(engine.counts[0])
         self.progress.history, self.progress.skipped = list(self.guard.history), self.guard.skipped

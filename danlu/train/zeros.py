@@ -32,6 +32,7 @@ class Zeros:
         names = meant(how, cfg)
         self.leaves = [leaf for leaf in leaves if leaf.name in names]
         self.masks = [torch.empty(0)] * len(self.leaves)
+        self.changed = False                             # more became 0 in the last step
         self.share = self.counted()                      # of the weights are 0, over all processes
 
     @torch.no_grad()
@@ -47,6 +48,7 @@ class Zeros:
         """Let what was 0 be 0 again after update number `step` (from 1), and more if it is time; in its state, too."""
         for leaf, mask in zip(self.leaves, self.masks, strict=True):
             leaf.local.mul_(mask)
+        self.changed = False
         wanted = None if isinstance(self.how, KeepZeros) else share(self.how, step, self.total)
         if wanted is None:
             return
@@ -57,7 +59,7 @@ class Zeros:
             for value in optimizer.state.get(leaf.local, {}).values():
                 if isinstance(value, Tensor) and value.shape == stay.shape:
                     value.mul_(stay)
-        self.share = self.counted()
+        self.changed, self.share = True, self.counted()
 
     @torch.no_grad()
     def of_average(self, average: Mapping[str, Tensor]) -> None:
