@@ -60,9 +60,9 @@ def opened(run: Path) -> Subject:
     return subject
 
 
-def fresh(subject: Subject) -> Any:
-    """Return the subject's model, read anew; of one that learned to be rounded, with the weights as they learned."""
-    if adapters.rounding(subject.folder) is not None:
+def fresh(subject: Subject, *, learned: bool = False) -> Any:
+    """Return the subject's model, read anew.  learned: of one that learned to be rounded, the weights that learned."""
+    if learned and adapters.rounding(subject.folder) is not None:
         return weights.load(subject.folder).eval()
     merged = adapters.is_adapter(subject.folder)
     return adapters.load(subject.folder, merged=merged).eval()
@@ -78,7 +78,7 @@ def make(run: Path, out: Path, *, verb: str, how: Model, change: Change, data: s
         raise ConfigError(_("the folder exists already"), where=str(out), fix=_("choose another name, or remove it"))
     began, subject = time.perf_counter(), opened(run)
     both = calibrate.both(subject, data, count=count, how=reading)
-    made = change(fresh(subject), both.given)
+    made = change(fresh(subject, learned=verb == "quantize"), both.given)
     return write(subject, made, out, verb=verb, options=how.model_dump(mode="json"), both=both, dtype=dtype, sparse=sparse,
                  began=began)
 
