@@ -2,6 +2,8 @@
 
     python -m bench.compress --run runs/sst2 --data dev.tsv               # the ways of `danlu compress`, and onnxruntime's int8
     python -m bench.compress --run runs/sst2 --data dev.tsv --threads 2 --only fp32 "int8 dynamic"
+    python -m bench.compress --run runs/sst2 --data dev.tsv --also "distilled to 2 layers=runs/small" "int4 qat=runs/sst2-int4" \
+        "sparse trained=runs/sparse"                                  # … and what was trained to be smaller, as it lies there
 
 All are timed in turns, several rounds in one process, on the row of the median length; bf16 is computed under autocast.
 onnxruntime's is the same model by torch.onnx.export and quantize_dynamic, where onnx, onnxscript and onnxruntime are installed.
@@ -58,15 +60,20 @@ def ours(subject: Subject, way: Way, both: calibrate.Both, scratch: Path, *, dat
     at = scratch / str(len(list(scratch.iterdir())))
     made = tradeoff.made(smaller.fresh(subject), way, both.given)
     smaller.write(subject, made, at, verb="bench", options=way.name, both=both, dtype=way.dtype, sparse="wanda" in way.name)
+    return lying(way.name, at, data=data, how=how, low=way.dtype == "bf16")
+
+
+def lying(name: str, at: Path, *, data: str, how: rows.How, low: bool = False) -> Entry:
+    """Return what lies in a folder: of a run its best checkpoint."""
     opened = open_subject(at)
-    model, low = opened.model.eval(), way.dtype == "bf16"
+    model = opened.model.eval()
     _figure, quality = tradeoff.judged(opened, data, replace(how, precision="bf16" if low else "fp32"))
 
     def call(row: dict[str, Tensor]) -> Any:
         with parallel.autocast("bf16", torch.device("cpu")) if low else nullcontext():
             return model(**row)
 
-    return Entry(way.name, folder.size(at), call, quality)
+    return Entry(name, folder.size(opened.folder), call, quality)
 
 
 def theirs(subject: Subject, scratch: Path, *, data: str, how: rows.How, threads: int) -> Entry | None:
@@ -147,6 +154,7 @@ def main() -> None:
     parser.add_argument("--calibrate", help="rows (default: those of the run)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=FOLDER", help="smaller models that were trained")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
     told = parser.parse_args()
     parallel.start(threads=told.threads, device="cpu")
@@ -160,6 +168,8 @@ def main() -> None:
         if not told.only or "onnxruntime int8" in told.only:
             other = theirs(subject, Path(scratch), data=told.data, how=how, threads=torch.get_num_threads())
             entries += [other] if other is not None else []
+        for name, _equals, at in (given.rpartition("=") for given in told.also):
+            entries.append(lying(name, Path(at), data=told.data, how=how))
         row = tradeoff.typical(both.aside)
         found = raced(entries, row)
     table = [{"way": one.name, "megabytes": one.bytes / 1e6, "p50_ms": 1e3 * found[one.name][0],

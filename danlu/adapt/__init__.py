@@ -17,9 +17,10 @@ from danlu.adapt.freeze import BitFit, Freeze
 from danlu.adapt.ia3 import IA3
 from danlu.adapt.lora import LoRA
 from danlu.adapt.prompt import Prefix, Prompt, PTuning
+from danlu.adapt.qat import QAT
 
 KINDS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
-Adapter = LoRA | IA3 | Bottleneck | Prompt | Prefix | PTuning | BitFit | Freeze
+Adapter = LoRA | IA3 | Bottleneck | Prompt | Prefix | PTuning | BitFit | Freeze | QAT
 
 
 def _spelt_out(value: Any) -> Any:
@@ -43,4 +44,4 @@ def _kind_in(folder: Path) -> str:
 
 Adapters = Annotated[Adapter, Field(discriminator="kind"), BeforeValidator(_spelt_out)]
 
-__all__ = ["IA3", "Adapter", "Adapters", "BitFit", "Bottleneck", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt"]
+__all__ = ["IA3", "QAT", "Adapter", "Adapters", "BitFit", "Bottleneck", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt"]

@@ -4,6 +4,8 @@ adapter_config.json  adapter_model.safetensors  README.md   as PEFT has them, wh
 danlu_adapter.json   what PEFT has no word for: our adapter, the model's config, the hashes of the base's weights
 danlu_adapter.safetensors   tensors that PEFT has no name for (the network of P-tuning), if there are any
 
+Beside a whole model danlu_adapter.json alone says how its weights were rounded while they learned (QAT).
+
 A folder that `peft` wrote has only the first three, and is opened, too.  Nothing that could run is read.
 """
 
@@ -24,6 +26,7 @@ from danlu import files, tensorfile
 from danlu.adapt import Adapter, Adapters, peft
 from danlu.adapt.lora import LoRA
 from danlu.adapt.pack import pack
+from danlu.adapt.qat import QAT
 from danlu.adapt.quantize import pack_all
 from danlu.adapt.unpack import adapter_of, unpack
 from danlu.errors import ConfigError, DataError, IncompatibleError
@@ -165,6 +168,22 @@ def _check_copies(opened: Opened, copies: Mapping[str, Tensor]) -> None:
                                     fix=_("the vocabulary was changed in training: use the base with that vocabulary"))
 
 
+def rounding(folder: str | Path) -> QAT | None:
+    """Return how the whole model in `folder` rounded its weights while they learned; None if it did not."""
+    if is_adapter(folder) or not (Path(folder) / OURS).is_file():
+        return None
+    try:
+        return QAT.model_validate(weights.read_json(Path(folder) / OURS)["adapt"])
+    except (ValidationError, KeyError) as error:
+        raise DataError(_("the file is damaged or cannot be read: {why}").format(why=str(error).splitlines()[0]),
+                        where=str(Path(folder) / OURS)) from None
+
+
+def mark(folder: Path, adapt: QAT) -> None:
+    """Say in the folder of a whole model how its weights were rounded while they learned."""
+    files.write_json(folder / OURS, {"schema": 1, "adapt": adapt.model_dump(mode="json")})
+
+
 def read_config(folder: str | Path) -> Config:
     """Return the config of the model in `folder`, a whole one or an adapter."""
     return describe(folder).cfg if is_adapter(folder) else weights.read_config(folder)
@@ -179,9 +198,16 @@ def tokenizer_in(folder: Path) -> Path:
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
          merged: bool = False) -> Network:
-    """Return the model of `folder` with its weights; of an adapter, its base with the adapter on it, or `merged` into it."""
+    """Return the model of `folder` with its weights; of an adapter, its base with the adapter on it, or `merged` into it.
+
+    A model that learned to be rounded has the rounded weights.
+    """
     if not is_adapter(folder):
-        return weights.load(folder, device=device, dtype=dtype)
+        whole = weights.load(folder, device=device, dtype=dtype)
+        if (trained := rounding(folder)) is not None:
+            trained.apply(whole)
+            trained.merge(whole)
+        return whole
     opened = describe(folder)
     model, stored = build(opened.cfg), tensors(opened)
     opened.adapt.apply(model)

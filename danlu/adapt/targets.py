@@ -62,6 +62,32 @@ def chosen(model: Any, target: str | Sequence[str], *, embeddings: bool) -> list
     return [(name, module) for name, module in able.items() if name in found]
 
 
+def linears(model: Any, *, keep: tuple[str, ...] = (), also: tuple[str, ...] = (),
+            where: str = "--", kinds: tuple[type[nn.Linear], ...] = (nn.Linear,)) -> dict[str, nn.Linear]:
+    """Return the linear layers of `model` but for heads, by name; without those that `keep` means, with those of `also`.
+
+    Raises ConfigError for a name that means no layer; `where` is said before "keep" and "also".
+    """
+    foreign = model.cfg.kind == "foreign"
+    table = model.inner.get_output_embeddings() if foreign and not model.cfg.tasks else None
+    able = {name: layer for name, layer in model.named_modules() if type(layer) in kinds and layer is not table}
+    known = theirs(model.cfg)
+
+    def named(patterns: tuple[str, ...], option: str) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            here = {name for name in [*able, "embed"] if matches(pattern, name, known.get(name, ""))}
+            if not here:
+                raise ConfigError(_("no layer is called {name!r}; there are {names}").format(
+                    name=pattern, names=", ".join(sorted({name.rsplit(".", 1)[-1] for name in able}))), where=where + option)
+            found |= here
+        return found
+
+    kept, more = named(keep, "keep"), named(also, "also")
+    return {name: layer for name, layer in able.items() if name not in kept
+            and (name in more or not (name == "head" or name.startswith("heads.") or name.startswith("pairs.")))}
+
+
 def freeze(model: Any, kept: Sequence[str]) -> None:
     """Let nothing of `model` learn but a task's heads and the modules that `kept` means.  ConfigError: there is no such."""
     for parameter in model.parameters():

@@ -70,6 +70,8 @@ def numbers(model: Any) -> tuple[int, int]:
     seen: set[int] = set()                               # what is tied stands in several places
     for layer in model.modules():
         held = [layer.weight] if isinstance(layer, packed.PackedLinear | packed.PackedEmbedding) else []
+        if isinstance(layer, packed.LowLinear) and layer.form.rounded is not None:
+            held = [*packed.thin(layer)]
         for weight in [*held, *layer.parameters(recurse=False)]:
             if id(weight) not in seen:
                 seen |= {id(weight)} if not held else set()

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from danlu.adapt.targets import linears
 from danlu.compress import rows
-from danlu.compress.quantize import linears
 from danlu.config import Model
 from danlu.errors import ConfigError
 from danlu.nn import forms, packed

@@ -33,12 +33,13 @@ def write(out: Path, model: Any, *, receipt: Mapping[str, Any], run: Mapping[str
     if out.exists():
         raise ConfigError(_("the folder exists already"), where=str(out), fix=_("choose another name, or remove it"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    kind, table = DTYPES[dtype], table_of(model)
-    table += prune.sparse(model, kind) if sparse else []
+    kind = DTYPES[dtype]
+    table = [*table_of(model), *(prune.sparse(model, kind) if sparse else ())]
     with files.appearing(out) as temporary:
         if table:
             plain = dict.fromkeys((name for name, _p in model.named_parameters()), kind)
-            written = weights.write_packed(temporary, model, table=table, tokenizer=tokenizer, dtype=plain)
+            written = weights.write_packed(temporary, model.cfg, model.state_dict(), table=table, tokenizer=tokenizer,
+                                           dtype=plain)
         else:
             written = weights.write_folder(temporary, model.cfg, model.state_dict(), dtype=kind, tokenizer=tokenizer)
         listed = {file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
@@ -65,9 +66,12 @@ def size(folder: Path) -> int:
 
 
 def dtype_of(folder: Path) -> str:
-    """Return the type of the weights in a folder by its name, fp32 where there are several."""
+    """Return the type of the weights in a folder by its name, fp32 where there are several; of packed ones that of the others."""
     try:
-        kinds = {t.dtype for t in weights.read_tensors(folder).values() if t.is_floating_point()}
+        packs = (folder / weights.PACKED).is_file()
+        held = weights.read_packed(folder) if packs else weights.read_tensors(folder)
+        kinds = {t.dtype for name, t in held.items() if t.is_floating_point() and (
+            not packs or name.rpartition(".")[2] in ("weight", "bias", "up", "down", "values"))}
     except ConfigError:                                  # an adapter: merged, it is computed in float32
         return "fp32"
     return next((name for name, kind in DTYPES.items() if kinds == {kind}), "fp32")

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from danlu.adapt.targets import linears
 from danlu.compress import rows, structure
-from danlu.compress.quantize import linears
 from danlu.config import Model
 from danlu.errors import ConfigError
 from danlu.nn import forms, packed
@@ -70,8 +70,13 @@ def mask(weight: Tensor, how: Prune, norms: Tensor | None = None) -> Tensor:
     if how.method == "wanda":                            # compared within a row, as the paper does
         drop = score.argsort(dim=1, stable=True)[:, : round(how.sparsity * weight.shape[1])]
         return torch.ones_like(weight, dtype=torch.bool).scatter_(1, drop, False)
-    drop = score.flatten().argsort(stable=True)[: round(how.sparsity * weight.numel())]
-    return torch.ones(weight.numel(), dtype=torch.bool, device=weight.device).index_fill_(0, drop, False).view(weight.shape)
+    return without(score, round(how.sparsity * weight.numel()))
+
+
+def without(score: Tensor, count: int) -> Tensor:
+    """Return a mask [O, I] that leaves out the `count` smallest; of equal ones the first."""
+    drop = score.flatten().argsort(stable=True)[:count]
+    return torch.ones(score.numel(), dtype=torch.bool, device=score.device).index_fill_(0, drop, False).view(score.shape)
 
 
 def two_of_four(score: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def two_of_four(score: Tensor) -> Tensor:
 
 def sparse(model: Any, dtype: torch.dtype = torch.float32) -> forms.Table:
     """Return the forms of the layers that are smaller as a mask and the weights that are left: those of many zeros."""
-    table: forms.Table = []
+    table: list[tuple[str, forms.Bits]] = []
     for name, layer in linears(model, also=("*",)).items():
         form = forms.Bits(count=int(layer.weight.count_nonzero()), dtype=str(dtype).removeprefix("torch."))     # type: ignore[arg-type]
         if sum(part.bytes for part in form.parts(*layer.weight.shape).values()) < layer.weight.numel() * dtype.itemsize:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from danlu.adapt.targets import matches, theirs
+from danlu.adapt.targets import linears, matches
 from danlu.compress import awq, rows
 from danlu.compress.gptq import gptq
 from danlu.config import Model
@@ -50,31 +50,6 @@ class Quantize(Model):
         return forms.Int8(activations=self.method == "dynamic")
 
 
-def linears(model: Any, *, keep: tuple[str, ...] = (), also: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
-    """Return the linear layers of `model` but for heads, by name; without those that `keep` means, with those of `also`.
-
-    Raises ConfigError for a name that means no layer.
-    """
-    foreign = model.cfg.kind == "foreign"
-    table = model.inner.get_output_embeddings() if foreign and not model.cfg.tasks else None
-    able = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not table}
-    known = theirs(model.cfg)
-
-    def named(patterns: tuple[str, ...], where: str) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            here = {name for name in [*able, "embed"] if matches(pattern, name, known.get(name, ""))}
-            if not here:
-                raise ConfigError(_("no layer is called {name!r}; there are {names}").format(
-                    name=pattern, names=", ".join(sorted({name.rsplit(".", 1)[-1] for name in able}))), where=where)
-            found |= here
-        return found
-
-    kept, more = named(keep, "--keep"), named(also, "--also")
-    return {name: layer for name, layer in able.items() if name not in kept
-            and (name in more or not (name == "head" or name.startswith("heads.") or name.startswith("pairs.")))}
-
-
 @torch.no_grad()
 def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> forms.Table:
     """Round the weights of `model`, in place; return the forms of its layers.
@@ -82,9 +57,11 @@ def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> forms
     given: calibration rows, which gptq and awq need.  Embeddings and the vocabulary's head are rounded to nearest.
     """
     assert not model.training, "dropout would blur what the layers are given: call model.eval() first"
-    layers = linears(model, keep=how.keep, also=how.also)
-    if any(packed.is_packed(layer) for layer in model.modules()):
+    if any(packed.is_packed(layer) and not _thin(layer) for layer in model.modules()):
         raise ConfigError(_("the weights are packed already"), fix=_("start from the model that they were packed from"))
+    layers = linears(model, keep=how.keep, also=how.also, kinds=(nn.Linear, packed.LowLinear))
+    for name in [name for name, layer in layers.items() if _thin(layer)]:
+        _round_thin(layers.pop(name), how)
     if how.method in ("gptq", "awq"):
         for stage in rows.stages(model, layers, rows.needed(given, how.method)):
             _with_rows(model, how, stage)
@@ -97,6 +74,20 @@ def quantize(model: Any, how: Quantize, given: rows.Rows | None = None) -> forms
             if type(table) in (nn.Embedding, nn.Linear) and not any(matches(pattern, name) for pattern in how.keep):
                 packed.become(table, forms.Int8(), forms.Int8().pack(table.weight))
     return packed.forms(model)
+
+
+def _thin(layer: object) -> bool:
+    """Return whether a layer has two thin matrices that are not rounded."""
+    return isinstance(layer, packed.LowLinear) and layer.form.rounded is None
+
+
+def _round_thin(layer: Any, how: Quantize) -> None:
+    """Round both matrices of a layer.  ConfigError: the method is one for whole matrices."""
+    if how.method not in ("rtn", "nf4"):
+        raise ConfigError(_("{method} is for whole matrices, and these are products of thin ones").format(method=how.method),
+                          where="--method", fix="--method rtn")
+    form = layer.form.model_copy(update={"rounded": how.form})
+    packed.become(layer, form, form.round(*packed.thin(layer)))
 
 
 def _with_rows(model: Any, how: Quantize, stage: rows.Stage) -> None:

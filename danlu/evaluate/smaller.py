@@ -52,16 +52,18 @@ def opened(run: Path) -> Subject:
     """Return what is made smaller, ready to compute; an adapter is merged into its base.  ConfigError: its weights are packed."""
     subject = open_subject(run)
     if (subject.folder / weights.PACKED).is_file() and any(
-            form["form"]["kind"] not in ("cut", "bits") for form in
+            form["form"]["kind"] not in ("cut", "bits", "low") or form["form"].get("rounded") for form in
             weights.forms_in(weights.read_json(subject.folder / "config.json")) or []):
         raise ConfigError(_("the weights are packed already"), where=str(run),
                           fix=_("start from the model that they were packed from"))
-    subject.model = fresh(subject)
+    subject.model = fresh(subject) if adapters.is_adapter(subject.folder) else subject.model.eval()
     return subject
 
 
-def fresh(subject: Subject) -> Any:
-    """Return the subject's model, read anew."""
+def fresh(subject: Subject, *, learned: bool = False) -> Any:
+    """Return the subject's model, read anew.  learned: of one that learned to be rounded, the weights that learned."""
+    if learned and adapters.rounding(subject.folder) is not None:
+        return weights.load(subject.folder).eval()
     merged = adapters.is_adapter(subject.folder)
     return adapters.load(subject.folder, merged=merged).eval()
 
@@ -76,7 +78,7 @@ def make(run: Path, out: Path, *, verb: str, how: Model, change: Change, data: s
         raise ConfigError(_("the folder exists already"), where=str(out), fix=_("choose another name, or remove it"))
     began, subject = time.perf_counter(), opened(run)
     both = calibrate.both(subject, data, count=count, how=reading)
-    made = change(fresh(subject), both.given)
+    made = change(fresh(subject, learned=verb == "quantize"), both.given)
     return write(subject, made, out, verb=verb, options=how.model_dump(mode="json"), both=both, dtype=dtype, sparse=sparse,
                  began=began)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
-from danlu.nn import attention, head, packed, placed
+from danlu.nn import attention, head, packed, placed, rounded
 from danlu.nn.ahead import Ahead
 from danlu.nn.cache import Cache, Past, Step, StepPast
 from danlu.nn.candidates import speak
@@ -27,6 +27,7 @@ from danlu.nn.mlp import MLP, Activation
 from danlu.nn.norm import RMSNorm
 from danlu.nn.paths import Choice
 from danlu.nn.position import Scaling, frequencies, turn
+from danlu.nn.taps import Taps
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
 from danlu.nn.unpadded import real
 from danlu.words import _
@@ -250,6 +251,7 @@ class DecoderModel(nn.Module):
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
         self.unpadded = False                            # set in training: padding is left out of all but attention
+        self.taps = Taps()                               # opened where a student learns from the inside
         self.speaks: nn.Module | None = None             # the vocabulary's head as `decode.pack` lays it out
         # No buffer: `to_empty` would leave it without content.
         self.angles, self.sharpen = frequencies(cfg.head_width, cfg.rope_theta, cfg.scaling)
@@ -304,13 +306,16 @@ class DecoderModel(nn.Module):
             sights[-1] = self.ahead.see(sights[-1], x)
             if cfg.window is None or not cfg.full_layers:
                 break
-        alone = real(self.ahead.segments(segments)) if self.unpadded and self.span is None and self.strip.size == 1 else None
+        alone = None
+        if self.unpadded and self.span is None and self.strip.size == 1 and not self.taps.listening:
+            alone = real(self.ahead.segments(segments))
         if alone is not None:
             sights = [see._replace(real=alone) for see in sights]
             x = alone.collect(x)
             rotary = None if rotary is None else (alone.collect(rotary[0]), alone.collect(rotary[1]))
         for i, block in numbered(self.blocks):
-            x = block(x, sights[0] if i >= cfg.full_layers else sights[-1], rotary, None if cache is None else cache.layers[i])
+            see = sights[0] if i >= cfg.full_layers else sights[-1]
+            x = self.taps.take(i, block(x, see, rotary, None if cache is None else cache.layers[i]))
         return x if alone is None else alone.spread(x)
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, last: bool = False,
@@ -319,6 +324,7 @@ class DecoderModel(nn.Module):
         """Return what `forward` does, from what the last block put out."""
         x = self.strip.join(x)
         said = {t.name: self._say(t, x, segments, ends) for t in self.cfg.tasks}
+        said |= self.taps.let_out(self.strip, self.ahead.tokens)
         if not self.cfg.lm:
             return said if said else {"hidden": self.norm(x)}
         return said | self._speak(x, labels, weights, last=last, candidates=candidates, soften=soften, most=most)
@@ -346,13 +352,13 @@ class DecoderModel(nn.Module):
         chosen = labels if weights is None else weights
         index = head.learned(chosen, everything=weights is None)
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
-        return speak("lm", x, table.weight, labels, weights, index=index, **of)
+        return speak("lm", x, rounded.seen(table), labels, weights, index=index, **of)
 
     def _all(self, x: Tensor, table: Any) -> Tensor:
         """Return all logits [B, T, V]."""
         if self.speaks is not None:
             return self.speaks(x)                                                       # type: ignore[no-any-return]
-        return packed.multiplied(x, table, None) if packed.is_packed(table) else head.logits(x, table.weight)
+        return packed.multiplied(x, table, None) if packed.is_packed(table) else head.logits(x, rounded.seen(table))
 
     def _places(self, tokens: int, device: torch.device, positions: Tensor | None, cache: Cache | Step | None) -> Tensor:
         """Return the places of the tokens in their documents, [B or 1, T]."""

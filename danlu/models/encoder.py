@@ -17,13 +17,14 @@ from danlu import chance
 from danlu.config import Model
 from danlu.errors import IncompatibleError
 from danlu.models.names import Name, rows, task_names
-from danlu.nn import attention, head, packed, placed
+from danlu.nn import attention, head, packed, placed, rounded
 from danlu.nn.ahead import Ahead
 from danlu.nn.candidates import speak
 from danlu.nn.collective import Span, Strip, numbered
 from danlu.nn.drop import dropout
 from danlu.nn.mlp import MLP, Activation, activate
 from danlu.nn.paths import Choice
+from danlu.nn.taps import Taps
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
 from danlu.nn.unpadded import real
 from danlu.words import _
@@ -227,6 +228,7 @@ class EncoderModel(nn.Module):
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
         self.unpadded = False                            # set in training: padding is left out of all but attention
+        self.taps = Taps()                               # opened where a student learns from the inside
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
                 types: Tensor | None = None, labels: Tensor | None = None, weights: Tensor | None = None,
@@ -266,12 +268,12 @@ class EncoderModel(nn.Module):
         see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=self.ahead.segments(segments),
                               dtype=attention.working_dtype(x), span=self.span)
         see = self.ahead.see(see, x)
-        if self.unpadded and self.span is None and self.strip.size == 1:
+        if self.unpadded and self.span is None and self.strip.size == 1 and not self.taps.listening:
             see = see._replace(real=real(self.ahead.segments(segments)))
         if see.real is not None:
             x = see.real.collect(x)
-        for _i, block in numbered(self.blocks):
-            x = block(x, see)
+        for i, block in numbered(self.blocks):
+            x = self.taps.take(i, block(x, see))
         return x if see.real is None else see.real.spread(x)
 
     def leave(self, x: Tensor, labels: Tensor | None, weights: Tensor | None, *, segments: Tensor | None = None,
@@ -285,16 +287,17 @@ class EncoderModel(nn.Module):
             out["pooled"] = torch.tanh(self.pooler(x[:, 0]))
             out |= {name: pair(out["pooled"]) for name, pair in self.pairs.items()}
         x = x[:, skip:]
+        out |= self.taps.let_out(self.strip, skip)
         if labels is None:
             out["hidden"] = x
             if self.head is not None:
                 x = self.head(x)
                 out["logits"] = (packed.multiplied(x, self.embed, self.head.bias) if packed.is_packed(self.embed) else
-                                 head.logits(x, self.embed.weight, self.head.bias))
+                                 head.logits(x, rounded.seen(self.embed), self.head.bias))
         elif self.head is not None:
             index = head.learned(labels if weights is None else weights, everything=weights is None)
             picked = self.head(head.select(x.flatten(0, 1), index))                         # [N, D]
-            out |= speak("mlm", picked, self.embed.weight, labels, weights, bias=self.head.bias, index=index, **of)
+            out |= speak("mlm", picked, rounded.seen(self.embed), labels, weights, bias=self.head.bias, index=index, **of)
         return out
 
     def _say(self, task: Head, x: Tensor, segments: Tensor | None, starts: Tensor | None) -> Tensor:

@@ -195,6 +195,16 @@ def forms_in(told: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return given.get("forms", []) if isinstance(given, dict) and given.get("quant_method") == METHOD else None
 
 
+def read_packed(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a folder whose weights are packed, under our names; mapped from the file."""
+    try:
+        with safe_open(folder / PACKED, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(folder / PACKED),
+                        fix=_("copy or download it again")) from None
+
+
 def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype: torch.dtype) -> Network:
     """Return the model of a folder whose weights are packed; those that are whole have `dtype`, parts keep their own."""
     try:
@@ -204,12 +214,7 @@ def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise DataError(_("the file is damaged or cannot be read: {why}").format(why=str(error).splitlines()[0]),
                         where=str(folder / "config.json")) from None
-    try:
-        with safe_open(folder / PACKED, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(folder / PACKED),
-                        fix=_("copy or download it again")) from None
+    state = read_packed(folder)
     own = {name for name, _buffer in model.named_buffers()}
     for name, form in table:
         if isinstance(form, forms.Bits):                # so it is stored, and whole it is computed with
@@ -227,14 +232,13 @@ def _load_packed(folder: Path, cfg: Config, *, device: str | torch.device, dtype
     return model
 
 
-def write_packed(folder: Path, model: nn.Module, *, table: forms.Table, tokenizer: Path | None = None,
+def write_packed(folder: Path, cfg: Config, state: Mapping[str, Tensor], *, table: forms.Table, tokenizer: Path | None = None,
                  dtype: Mapping[str, torch.dtype] | None = None) -> dict[str, tensorfile.Written]:
     """Write a model with layers in the forms of `table` into an existing `folder`; Danlu opens it, `transformers` does not.
 
     dtype: of single weights by our name, where it is another.  The tensors stand under our names.
     """
-    cfg: Any = model.cfg
-    state = dict(model.state_dict())
+    state = dict(state)
     for name, form in table:
         if isinstance(form, forms.Bits):
             state |= {f"{name}.{part}": tensor for part, tensor in form.pack(state.pop(f"{name}.weight")).items()}

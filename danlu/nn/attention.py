@@ -6,6 +6,7 @@ B rows, T tokens, S tokens that can be seen (past ones included), D width, H que
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,7 @@ class Attention(nn.Module):
         self.span: Span | None = None                           # set under context parallelism
         self.prefix: nn.Module | None = None                    # an adapter's: more keys and values, in front
         self.after: nn.Module | None = None                     # … and what it makes of the output
+        self.tell: Callable[[Any, Tensor, Tensor, Tensor], None] | None = None      # is told what q, k and v made
         self.watch: list[Tensor] | None = None                  # takes the probabilities of each call, where they are looked at
         keys = (kv_heads or heads) * self.head_width
         self.q = nn.Linear(width, heads * self.head_width, bias=qkv_bias, device=device)
@@ -126,6 +128,8 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(-1, (-1, self.head_width))      # [B, T, H, K]; -1 holds under tensor parallelism
         k = self.k(x).unflatten(-1, (-1, self.head_width))      # [B, T, G, K]
         v = self.v(x).unflatten(-1, (-1, self.head_width))
+        if self.tell is not None:
+            self.tell(self, q, k, v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:

@@ -97,6 +97,19 @@ def cut(weight: Tensor) -> tuple[Tensor, Cut | None]:
     return weight.to_local(), Cut(placed.extent(weight).offset[0], weight.shape[0], weight.device_mesh.get_group())
 
 
+def gathered(x: Tensor, weight: Tensor) -> Tensor:
+    """Return [..., W] of x [..., w], of which each process has the part that its rows of `weight` made.
+
+    What follows must be the same in every process: the gradient of a part is what it is in its own.
+    """
+    if not placed.is_part(weight):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    whole = DTensor.from_local(x, weight.device_mesh, [Shard(x.ndim - 1)], run_check=False).redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Replicate()])
+
+
 class Strip:
     """Sequence parallelism: between blocks a process of a tensor-parallel group has only its strip of the tokens."""
 

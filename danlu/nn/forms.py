@@ -6,7 +6,7 @@ O outputs, I inputs, G groups of a row, g weights of a group, r rank, M rows of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -206,19 +206,38 @@ class Bits(Model):
 
 
 class Low(Model):
-    """A matrix as the product of two thin ones, which learn as any weight does: `up` [O, r] · `down` [r, I]."""
+    """A matrix as the product of two thin ones, `up` [O, r] · `down` [r, I], which learn as any weight does unless they are in
+    fewer bits, too."""
 
     kind: Literal["low"] = "low"
     rank: int = Field(gt=0, description="Columns of the one, rows of the other.")
+    rounded: Annotated[Int8 | Int4 | NF4, Field(discriminator="kind")] | None = Field(None, description="Form of both.")
 
     def parts(self, rows: int, columns: int) -> dict[str, Part]:
         """Return what is stored of a matrix [rows, columns]."""
-        return {"down": Part((self.rank, columns), torch.float32), "up": Part((rows, self.rank), torch.float32)}
+        if self.rounded is None:
+            return {"down": Part((self.rank, columns), torch.float32), "up": Part((rows, self.rank), torch.float32)}
+        down, up = self.rounded.parts(self.rank, columns), self.rounded.parts(rows, self.rank)
+        return {f"{name}_{part}": told for name, each in (("down", down), ("up", up)) for part, told in each.items()}
+
+    def round(self, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+        """Return the parts of two thin matrices, both rounded to nearest."""
+        assert self.rounded is not None, "thin matrices that are whole are their own parts"
+        return {f"{name}_{part}": held for name, thin in (("down", down), ("up", up))
+                for part, held in self.rounded.pack(thin).items()}
+
+    def thin(self, parts: Parts, columns: int) -> tuple[Tensor, Tensor]:
+        """Return the two matrices [O, r] and [r, I] that the parts stand for."""
+        if self.rounded is None:
+            return parts["up"], parts["down"]
+        up, down = ({name.partition("_")[2]: part for name, part in parts.items() if name.startswith(f"{which}_")}
+                    for which in ("up", "down"))
+        return self.rounded.dense(up, self.rank), self.rounded.dense(down, columns)
 
     def dense(self, parts: Parts, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix [O, I] that the parts stand for."""
-        whole: Tensor = parts["up"] @ parts["down"]
-        return whole.to(dtype)
+        up, down = self.thin(parts, columns)
+        return (up @ down).to(dtype)
 
 
 class Cut(Model):
@@ -235,7 +254,7 @@ class Cut(Model):
 
 Form = Annotated[Int8 | Int4 | NF4 | Bits | Low | Cut, Field(discriminator="kind")]
 Rounded = Int8 | Int4 | NF4                              # forms of fewer bits
-Table = list[tuple[str, Int8 | Int4 | NF4 | Bits | Low | Cut]]
+Table = Sequence[tuple[str, Int8 | Int4 | NF4 | Bits | Low | Cut]]
 
 
 def _factors(divided: bool, columns: int) -> dict[str, Part]:

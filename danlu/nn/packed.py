@@ -49,11 +49,9 @@ class PackedEmbedding(nn.Embedding):
 
 
 class LowLinear(nn.Linear):
-    """A linear layer whose weight is the product of two thin matrices that learn."""
+    """A linear layer whose weight is the product of two thin matrices, which learn unless they are in fewer bits."""
 
     form: Low
-    up: Tensor
-    down: Tensor
 
     @property
     def weight(self) -> Tensor:                          # type: ignore[override]
@@ -61,12 +59,25 @@ class LowLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., O] from x [..., I]."""
-        return F.linear(F.linear(x, self.down), self.up, self.bias)
+        up, down = thin(self)
+        if self.form.rounded is not None:
+            kind = working_dtype(x)
+            return F.linear(F.linear(x.to(kind), down.to(kind)), up.to(kind), None if self.bias is None else self.bias.to(kind))
+        return F.linear(F.linear(x, down), up, self.bias)
+
+
+def thin(layer: LowLinear) -> tuple[Tensor, Tensor]:
+    """Return the two matrices [O, r] and [r, I] that `layer` computes with."""
+    return layer.form.thin(_parts(layer), layer.in_features)
+
+
+def _parts(layer: Any) -> dict[str, Tensor]:
+    return {name: getattr(layer, name) for name in layer.form.parts(*_size(layer))}
 
 
 def whole(layer: Any) -> Tensor:
     """Return the matrix [O, I] that `layer` computes with; float32."""
-    parts = {name: getattr(layer, name) for name in layer.form.parts(*_size(layer))}
+    parts = _parts(layer)
     matrix: Tensor = layer.form.dense(parts, _size(layer)[1])
     return matrix if "factors" not in parts else matrix / parts["factors"].float()
 
@@ -111,7 +122,7 @@ def is_packed(layer: object) -> bool:
 def become(layer: Any, form: Rounded | Low, parts: Parts | None = None) -> None:
     """Turn a linear layer or an embedding into a packed one.  parts: of its weight; None: empty ones, on the weight's device."""
     assert type(layer) in (nn.Linear, nn.Embedding) or is_packed(layer), "a plain layer is packed, or a packed one anew"
-    device = next(iter([*layer._parameters.values(), *layer._buffers.values()])).device
+    device = next(held for held in [*layer._parameters.values(), *layer._buffers.values()] if held is not None).device
     for name in layer.form.parts(*_size(layer)) if is_packed(layer) else ("weight",):
         (layer._buffers if name in layer._buffers else layer._parameters).pop(name)
     layer.__class__ = LowLinear if isinstance(form, Low) else PackedEmbedding if isinstance(layer, nn.Embedding) else PackedLinear
@@ -121,7 +132,7 @@ def become(layer: Any, form: Rounded | Low, parts: Parts | None = None) -> None:
         assert tensor.shape == part.shape, f"{name} is {tuple(tensor.shape)}, not {part.shape}"
         # also where there is one column: as it will lie in memory when it is read again
         tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-        if isinstance(form, Low):
+        if isinstance(form, Low) and form.rounded is None:
             layer.register_parameter(name, nn.Parameter(tensor))
         else:
             layer.register_buffer(name, tensor)

@@ -16,6 +16,7 @@ from torch import Tensor
 from danlu.data.tokenizer import Special
 from danlu.nn.tasks import Head
 from danlu.objectives.classify import full
+from danlu.objectives.inside import Inside
 from danlu.objectives.protocol import Batch, Objective, Out, Rng, Row
 from danlu.objectives.tasks import Tasks
 
@@ -29,6 +30,7 @@ class Distilled:
     kept: heads of classes, scores or tags.  text: the head of the vocabulary, of which the `top` likeliest ids of a frozen
     model are compared, and all others together: no more than the divergence over the whole vocabulary, and no logits of it.
     Text is compared on the rows of sources from number `old` on; empty: not at all.  learn: weight of the objective itself.
+    inside: what of their inside is learned, too.
     """
 
     inner: Objective
@@ -39,15 +41,18 @@ class Distilled:
     temperature: float = 2.0
     top: int = 32
     learn: float = 1.0
+    inside: Inside | None = None
     kind: str = field(default="distilled", init=False)
 
     @property
     def terms(self) -> tuple[str, ...]:
-        return (*self.inner.terms, *(f"distil/{head.name}" for head in self.kept), *(["distil/text"] if self.text else []))
+        return (*self.inner.terms, *(f"distil/{head.name}" for head in self.kept), *(["distil/text"] if self.text else []),
+                *(self.inside.terms if self.inside else ()))
 
     @property
     def scales(self) -> tuple[float, ...]:
-        return (*[self.learn * scale for scale in self.inner.scales], *[self.weight] * (len(self.kept) + bool(self.text)))
+        return (*[self.learn * scale for scale in self.inner.scales], *[self.weight] * (len(self.kept) + bool(self.text)),
+                *(self.inside.scales if self.inside else ()))
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -80,13 +85,17 @@ class Distilled:
 
     def collate(self, rows: Sequence[Row], vocab: Special, rng: Rng, length: int) -> Batch:
         """Return what the objective inside does, distil/row_weights [B]: 1 for rows that heads of classes read; for text also
-        distil/old [B]: 1 for rows that are compared, and soften [B].
+        distil/old [B]: 1 for rows that are compared, and soften [B]; for what is inside distil/real [B, T]: 1 for
+        tokens that are no padding.
         """
         columns = self.inner.collate(rows, vocab, rng, length)
         if self.text:
             columns["distil/old"] = torch.tensor([float(row["key"][0] >= self.old) for row in rows])
             if self.temperature != 1:
                 columns["soften"] = torch.full((len(rows),), self.temperature)
+        if self.inside:
+            there = columns.get("segments")
+            columns["distil/real"] = torch.ones(columns["ids"].shape) if there is None else (there > 0).float()
         read = torch.ones(len(rows))
         if isinstance(self.inner, Tasks):
             parts = [columns[f"{name}/rows"] for name, part in self.inner.parts.items() if part.objective.tasks()]
@@ -98,13 +107,14 @@ class Distilled:
         """Return the batch with what each frozen model says.
 
         Of model i there are distil/i/NAME [B, K] or [B, T, K] logits, and distil/i/text [B, T, k] log-probabilities of its
-        likeliest ids; candidates [B, T, k·models] are those ids.
+        likeliest ids; candidates [B, T, k·models] are those ids.  What they hold inside: see `Inside.columns`.
         """
         said: Batch = {}
         candidates = []
         for i, ask in enumerate(frozen.values()):
             out: Out = ask(batch, self.top if self.text else 0)
             said |= {f"distil/{i}/{head.name}": full(out[head.name]).float() for head in self.kept}
+            said |= self.inside.columns(out, i) if self.inside else {}
             if self.text:
                 best = out[f"{self.text}/best"]
                 shape = (*batch["labels"].shape, best.ids.shape[1])
@@ -120,7 +130,7 @@ class Distilled:
     def count(self, batch: Batch) -> Tensor:
         counts = [self._weights(head, batch).sum(dtype=torch.float64)[None] for head in self.kept]
         text = [(batch["weights"] * batch["distil/old"][:, None]).sum(dtype=torch.float64)[None]] if self.text else []
-        return torch.cat([self.inner.count(batch), *counts, *text])
+        return torch.cat([self.inner.count(batch), *counts, *text, *(self.inside.count(batch) if self.inside else [])])
 
     def loss(self, out: Out, batch: Batch) -> Tensor:
         models = 1 + max(int(name.split("/")[1]) for name in batch if name.startswith("distil/") and name.count("/") == 2)
@@ -134,6 +144,7 @@ class Distilled:
             apart = [of_best(part, batch[f"distil/{i}/text"].flatten(0, 1)[index]) for i, part in enumerate(parts)]
             weights = (batch["weights"] * batch["distil/old"][:, None]).flatten()[index]
             sums.append((sum(apart[1:], apart[0]) / models * weights).sum() * self.temperature**2)
+        sums += self.inside.loss(out, batch) if self.inside else []
         return torch.cat([self.inner.loss(out, batch), torch.stack(sums)])
 
     def _weights(self, head: Head, batch: Batch) -> Tensor:

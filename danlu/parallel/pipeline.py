@@ -118,6 +118,7 @@ class Pipe:
                  strip: int, dtype: torch.dtype, terms: int) -> None:
         """rows, tokens: of a micro-batch in this process; strip: processes that its activations are cut over between stages."""
         self.world, layout = world, world.layout
+        self.stages, self.terms = stages, terms
         self.weights = torch.ones(terms)
         self.sums: list[Tensor] = []
         count = layout.stage_count
@@ -133,6 +134,12 @@ class Pipe:
             Schedule1F1B(made[0], layout.micro, **options) if len(made) == 1
             else ORDERS[layout.pipeline](made, layout.micro, **options))
 
+    def learn(self, objective: Objective) -> None:
+        """Let the last stage compute the sums of `objective` from now on."""
+        for stage in self.stages:
+            stage.objective = objective
+        self.terms = len(objective.terms)
+
     def _loss(self, sums: Tensor, _target: Tensor) -> Tensor:
         self.sums.append(sums.detach())
         return (sums * self.weights.to(sums)).sum()
@@ -147,6 +154,7 @@ class Pipe:
             self.weights = weights
             self.schedule.step(*given, **target, **rest, return_outputs=False)
         else:
+            self.weights = torch.ones(self.terms)
             self.schedule.eval(*given, **target, **rest)
-        total = torch.zeros(len(self.weights), dtype=torch.float64, device=self.world.device)
+        total = torch.zeros(self.terms, dtype=torch.float64, device=self.world.device)
         return total + torch.stack(self.sums).double().sum(0) if self.sums else total

@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from danlu.adapt import Adapter
 from danlu.layout import Layout
-from danlu.models.build import Config, build
+from danlu.models import formed
+from danlu.models.build import Config
 from danlu.nn import placed
 from danlu.nn.collective import Span, numbered
+from danlu.nn.forms import Table
 from danlu.nn.paths import Choice
 from danlu.objectives.protocol import Objective
 from danlu.parallel import context
@@ -149,17 +151,17 @@ class Placed:
 
 def place(cfg: Config, world: World, objective: Objective, *, precision: str, recompute: str | int = "none",
           compile: bool = False, length: int = 0, rows: int = 0, device: str | None = None,
-          adapt: Adapter | None = None) -> Placed:
+          adapt: Adapter | None = None, table: Table = ()) -> Placed:
     """Return this process's part of the model that `cfg` describes, with memory and without weights.
 
     length, rows: of a micro-batch of one process.  device: "meta" gives no memory either.  adapt: what is trained in
-    place of the whole.
+    place of the whole.  table: layers that are not as `cfg` says, and their forms.
     """
     layout = world.layout
     if layout.pp > 1:
         return _stages(cfg, world, objective, precision=precision, recompute=recompute, compile=compile, length=length, rows=rows,
-                       device=device, adapt=adapt)
-    part = _made(cfg, precision, adapt)
+                       device=device, adapt=adapt, table=table)
+    part = _made(cfg, precision, adapt, table)
     _cut(part, world)
     ready(part, recompute=recompute, compile=compile)
     if layout.dp * layout.cp > 1 and layout.local is None and (layout.shard != "none" or layout.tp > 1):
@@ -169,7 +171,7 @@ def place(cfg: Config, world: World, objective: Objective, *, precision: str, re
 
 
 def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, recompute: str | int, compile: bool,
-            length: int, rows: int, device: str | None, adapt: Adapter | None) -> Placed:
+            length: int, rows: int, device: str | None, adapt: Adapter | None, table: Table) -> Placed:
     """Return this process's stages of a pipeline."""
     from danlu.parallel import pipeline
 
@@ -178,7 +180,7 @@ def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, 
     blocks = pipeline.ranges_of(layout, cfg)
     parts, roots, span = [], [], None
     for number in numbers:
-        part = _made(cfg, precision, adapt)
+        part = _made(cfg, precision, adapt, table)
         pipeline.cut(part, number, blocks)
         _cut(part, world)
         ready(part, recompute=recompute, compile=compile)
@@ -195,8 +197,8 @@ def _stages(cfg: Config, world: World, objective: Objective, *, precision: str, 
     return Placed(parts, world, roots=list(roots), pipe=pipe, span=span)
 
 
-def _made(cfg: Config, precision: str, adapt: Adapter | None) -> Any:
-    made = build(cfg)
+def _made(cfg: Config, precision: str, adapt: Adapter | None, table: Table) -> Any:
+    made = formed.made(cfg, table)
     if adapt is not None:
         adapt.apply(made)
     return made.to(DTYPES["fp64" if precision == "fp64" else "fp32"])

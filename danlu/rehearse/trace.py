@@ -45,6 +45,7 @@ from danlu.parallel.place import Placed, place
 from danlu.parallel.world import meshed
 from danlu.rehearse.ledger import Kind, Ledger, Traffic, changed, following
 from danlu.rehearse.order import Action, alone, orders
+from danlu.train import adapted
 from danlu.train.recipe import Run
 from danlu.train.step import Engine
 
@@ -137,7 +138,7 @@ def process(layout: Layout, rank: int) -> Iterator[World]:
 def placed_as(run: Run, world: World) -> Placed:
     """Return this process's part of the model, on the meta device."""
     return place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, length=run.length,
-                 adapt=run.adapt, rows=run.part_rows, device="meta")
+                 adapt=run.adapt, rows=run.part_rows, device="meta", table=adapted.table_of(run))
 
 
 def spread(model: Placed) -> list[Spread]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,12 +11,14 @@ from torch.optim import Optimizer
 from danlu.adapt import Adapter, folder
 from danlu.adapt.freeze import Freeze
 from danlu.adapt.lora import LoRA
+from danlu.adapt.qat import QAT
 from danlu.adapt.quantize import pack_all, require
 from danlu.adapt.targets import kept
 from danlu.adapt.unpack import same
 from danlu.errors import ConfigError, IncompatibleError
-from danlu.models import weights
+from danlu.models import formed, weights
 from danlu.models.build import Config
+from danlu.nn.forms import Table
 from danlu.optim.groups import depth_factor, rescale
 from danlu.parallel.place import Placed
 from danlu.train.recipe import Run
@@ -28,10 +31,10 @@ def settle(run: Run, start: Path) -> Adapter:
     It is that of `adapt.start` where there is one.  What the base lacks (a pooler) is trained in full, and saved.  Raises
     ConfigError for what cannot be.
     """
-    assert run.adapt is not None
+    assert run.adapt is not None and not isinstance(run.adapt, QAT)
     if first_device(run) is not None:
         require()
-    adapt = _continued(run.adapt, start)
+    adapt: Any = _continued(run.adapt, start)
     lacking = {name.rpartition(".")[0] for name in weights.lacking(run.network, start) if not name.startswith("heads.")}
     if lacking:
         adapt = adapt.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*adapt.modules_to_save, *sorted(lacking))))})
@@ -64,6 +67,11 @@ def _continued(adapt: Adapter, base: Path) -> Adapter:
     return made
 
 
+def apart(run: Run) -> bool:
+    """Return whether checkpoints hold an adapter alone, its base being elsewhere, and not the whole model."""
+    return run.adapt is not None and not isinstance(run.adapt, QAT)
+
+
 def first_device(run: Run) -> str | None:
     """Return where a model is placed at first: "meta" if its base is packed, so that it never lies anywhere in full."""
     return "meta" if isinstance(run.adapt, LoRA) and run.adapt.base is not None else None
@@ -92,16 +100,35 @@ def begin(run: Run, model: Placed) -> None:
         folder.put({name: held[name] for name in kept(model, run.network) if name in stored}, stored, where=str(begun))
 
 
-def base_of(model: Placed, cfg: Config) -> dict[str, Tensor]:
+def table_of(run: Run) -> Table:
+    """Return the forms of the layers of `start` that are not as its config says, and learn all the same.
+
+    Raises ConfigError for what cannot be with them.
+    """
+    if run.start is None or not (run.start / weights.PACKED).is_file():
+        return []
+    table = formed.table_of(run.start)
+    wrong = [_("an adapter needs whole weights under it; leave adapt out, and the thinner or smaller layers learn themselves")
+             ] if run.adapt is not None else []
+    if table and run.layout.tp > 1:
+        wrong.append(_("layout.tp cuts matrices that are as the config says; set layout.tp=1"))
+    if table and run.continual is not None and run.continual.average is not None:
+        wrong.append(_("continual.average averages whole weights; leave it out"))
+    if wrong:
+        raise ConfigError("; ".join(wrong), where=str(run.start))
+    return table
+
+
+def base_of(model: Placed, cfg: Config, table: Table) -> dict[str, Tensor]:
     """Return the parameters and stored buffers that are here and the base's, not an adapter's."""
-    whole = weights.shapes(cfg).keys()
+    whole = formed.names(cfg, table)
     held = {**dict(model.named_parameters()), **{name: b for part in model.parts for name, b in part.named_buffers()}}
     return {name: tensor for name, tensor in held.items() if name in whole}
 
 
 def check_resumed(run: Run, found: Path) -> None:
     """Raise IncompatibleError unless the checkpoint `found` holds what the run trains: the same adapter, or a whole model."""
-    then = folder.describe(found).adapt if folder.is_adapter(found) else None
+    then = folder.describe(found).adapt if folder.is_adapter(found) else folder.rounding(found)
     if (then is None) != (run.adapt is None) or (then is not None and run.adapt is not None and not same(then, run.adapt)):
         raise IncompatibleError(_("the adapter is not the one the run began with"), where=str(found),
                                 fix=_("give the adapter of {file}, or choose another `out`").format(file=run.out / "recipe.yaml"))

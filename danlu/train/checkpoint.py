@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu import files, tensorfile
+from danlu.adapt import QAT
 from danlu.adapt import folder as adapters
 from danlu.adapt.targets import kept
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.fault import fault
 from danlu.log import say
-from danlu.models import hub, weights
+from danlu.models import formed, hub
 from danlu.nn import placed
+from danlu.nn.forms import Table
 from danlu.parallel import World
 from danlu.train.shards import Crew, Parts, sizes, wrap, write
 from danlu.words import _
@@ -51,7 +53,9 @@ class Snapshot:
     state: dict[str, Any]                                # JSON-ready
     facts: dict[str, Any]                                # what the manifest says beside the hashes
     tokenizer: Path | None = None
-    adapter: adapters.Stored | None = None                        # then `model` is only what belongs to it
+    adapter: adapters.Stored | None = None               # then `model` is only what belongs to it
+    rounding: QAT | None = None                          # how the weights were rounded while they learned
+    table: Table = field(default_factory=list)           # forms of layers that are not as the config says
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -115,7 +119,8 @@ def _slot(saved: Parts, key: str, whole: Tensor, parameter: Tensor) -> Tensor:
 
 def snapshot(step: int, config: Any, module: Any, optimizer: Optimizer, *, ema: dict[str, Tensor] | None,
              state: dict[str, Any], facts: dict[str, Any], tokenizer: Path | None,
-             copy: Snapshot | None = None, own: bool = True, adapter: adapters.Stored | None = None) -> Snapshot:
+             copy: Snapshot | None = None, own: bool = True, adapter: adapters.Stored | None = None,
+             rounding: QAT | None = None, table: Table = ()) -> Snapshot:
     """Return the state of a run.  `own=False` refers to the live tensors (for a save that training waits for);
     otherwise they are copied, into the buffers of `copy` when an older snapshot can be overwritten."""
     held = dict(module.state_dict())
@@ -128,7 +133,7 @@ def snapshot(step: int, config: Any, module: Any, optimizer: Optimizer, *, ema: 
         for group, tensors in groups.items():
             groups[group] = tensors and {n: _into(buffers, f"{group}:{n}", t) for n, t in tensors.items()}
     return Snapshot(step, config, groups["model"] or {}, groups["optimizer"] or {}, groups["ema"],
-                    {**state, "optimizer": rest}, facts, tokenizer, adapter, buffers)
+                    {**state, "optimizer": rest}, facts, tokenizer, adapter, rounding, table, buffers)
 
 
 def _into(buffers: dict[str, Tensor], name: str, source: Tensor) -> Tensor:
@@ -216,7 +221,9 @@ def _parts(folder: Path, snap: Snapshot, crew: Crew) -> Records:
 def _model(folder: Path, snap: Snapshot, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Records:
     if snap.adapter is not None:
         return adapters.write(folder, snap.config, snap.adapter.adapt, state, base=snap.adapter.base, tokenizer=snap.tokenizer)
-    return weights.write_folder(folder, snap.config, state, like=like, tokenizer=snap.tokenizer)
+    if snap.rounding is not None:
+        adapters.mark(folder, snap.rounding)
+    return formed.write(folder, snap.config, state, table=snap.table, like=like, tokenizer=snap.tokenizer)
 
 
 def _averaged(folder: Path, snap: Snapshot, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Records:
@@ -329,7 +336,7 @@ def load(path: Path, module: Any, optimizer: Optimizer | None = None, *,
     """
     config = adapters.read_config(path)
     held = dict(module.state_dict())
-    known = {*weights.shapes(config), *_fill(held, config, path, module)}
+    known = {*formed.names(config, formed.table_of(path)), *_fill(held, config, path, module)}
     state: dict[str, Any] = files.read_json(path / "trainer_state.json")
     if optimizer is not None:
         single = path / "optimizer.safetensors"
@@ -343,7 +350,7 @@ def load(path: Path, module: Any, optimizer: Optimizer | None = None, *,
 def _fill(held: Mapping[str, Tensor], config: Any, path: Path, module: Any) -> set[str]:
     """Fill in what a folder stores: a model, or an adapter alone.  Return the names of the latter's tensors."""
     if not adapters.is_adapter(path):
-        weights.fill(held, config, path)
+        formed.fill(held, config, path)
         return set()
     stored = adapters.tensors(adapters.describe(path))
     adapters.put({name: held[name] for name in kept(module, config)}, stored, where=str(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from danlu.config import Model
@@ -42,13 +44,21 @@ class Distil(Model):
 class Teach(Model):
     """What models under `frozen` say is learned beside the data: (1 - weight) · the objective's loss + weight · KL from them.
 
-    Hinton et al., 2015; of several teachers the mean.
+    Hinton et al., 2015; of several teachers the mean.  What they hold inside comes on top.
     """
 
     weight: float = Field(0.5, gt=0, le=1, allow_inf_nan=False, description="Share of what the teachers say in the loss.")
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="What logits are divided by before they are compared.")
     top: int = Field(32, ge=1, description="Of a text: how many of a teacher's likeliest tokens are compared one by one; all "
                      "others together, which needs no logits of a whole vocabulary.")
+    hidden: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the states of blocks, which are compared with "
+                          "those of a teacher's block, evenly spread (TinyBERT; Jiao et al., 2019).")
+    like: Literal["mse", "cosine"] = Field("mse", description="How states are compared: by the mean squared difference over "
+                                           "their width, or by 1 - cosine.")
+    relations: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of how tokens relate to one another, in "
+                             "queries, keys and values of the last block (MiniLMv2; Wang et al., 2021).")
+    relation_heads: int | None = Field(None, gt=0, description="Parts of their width that are related each by itself; empty: as "
+                                       "many as the student has heads.")
 
 
 class Average(Model):

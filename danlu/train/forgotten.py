@@ -13,6 +13,8 @@ from rich.table import Table
 from torch import Tensor
 
 from danlu import files
+from danlu.adapt import QAT
+from danlu.adapt import folder as adapters
 from danlu.errors import ConfigError
 from danlu.evaluate import metrics
 from danlu.evaluate.loss import Loss
@@ -106,6 +108,8 @@ def average(run: Run, given: Average, tokenizer: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     with files.appearing(target) as temporary:
         weights.write_folder(temporary, cfg, {name: _mean(states, parts, name) for name in states[0]}, tokenizer=tokenizer)
+        if isinstance(run.adapt, QAT):
+            adapters.mark(temporary, run.adapt)
         manifest = files.read_json(found[-1] / "manifest.json") | {"of": found[-1].name, "averaged": {
             **{path.name: part for path, part in zip(found, parts, strict=False)}, "start": given.start}}
         listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,22 @@ from danlu.adapt import folder as adapters
 from danlu.data.stream import Mixed
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
-from danlu.models import weights
+from danlu.models import formed, weights
+from danlu.models.build import Config
 from danlu.models.decoder import Decoder
+from danlu.models.encoder import Encoder
+from danlu.models.foreign_config import Foreign
 from danlu.nn.tasks import Head
 from danlu.objectives.distil import Distilled
+from danlu.objectives.inside import Inside, uniform
 from danlu.objectives.protocol import Batch
-from danlu.parallel import autocast
+from danlu.parallel import World, autocast
 from danlu.parallel.place import Leaf, place
 from danlu.train import checkpoint
 from danlu.train.continual import EWC, L2SP, Continual, Distil, Teach
 from danlu.train.feed import Steps, stream
 from danlu.train.penalty import Pull, fisher
+from danlu.train.probes import Probes
 from danlu.train.recipe import Run
 from danlu.train.step import Engine
 from danlu.words import _
@@ -43,15 +49,16 @@ def keeping(run: Run, data: Data, plain: Engine) -> Engine:
         penalties.append(_l2sp(continual.l2sp, plain))
     if continual.ewc is not None:
         penalties.append(_ewc(run, continual.ewc, data, plain))
-    objective, frozen = plain.objective, None
+    objective, frozen, probes = plain.objective, None, None
     if continual.distil is not None:
         objective, frozen = _distilled(run, continual.distil, data, plain)
     if run.frozen:
         objective, frozen = _taught(run, run.distil or Teach(), data, plain)
+        probes = _probes(run, objective.inside, plain.world)
     if not penalties and frozen is None:
         return plain
     return Engine(plain.placed, objective, precision=run.precision, clip=run.clip, seed=run.seed, penalties=penalties,
-                  frozen=frozen)
+                  frozen=frozen, probes=probes)
 
 
 def _l2sp(given: L2SP, plain: Engine) -> Pull:
@@ -97,7 +104,7 @@ def _distilled(run: Run, given: Distil, data: Data, plain: Engine) -> tuple[Dist
             there=shown[0], here=shown[1]), where="continual.distil",
             fix=_("text is distilled on replayed rows: name some under continual.replay"))
     made = Distilled(run.objective, kept, text, len(run.data), given.weight, given.temperature, given.top)
-    return made, {"start": _asked(run, run.start, made, plain)}
+    return made, {"start": _asked(run, run.start, made, plain)} if asks(plain) else {}
 
 
 def _taught(run: Run, given: Teach, data: Data, plain: Engine) -> tuple[Distilled, dict[str, Ask]]:
@@ -107,7 +114,7 @@ def _taught(run: Run, given: Teach, data: Data, plain: Engine) -> tuple[Distille
     kept, text, _shows = next(iter(shared.values()))
     for name, (heads, words, shown) in shared.items():
         where = f"frozen.{name}={run.frozen[name]}"
-        if not (heads or words):
+        if not (heads or words or given.hidden or given.relations):
             raise ConfigError(_("there is nothing to distil: the teacher has the heads {there}, and this run {here}").format(
                 there=shown[0], here=shown[1]), where=where,
                 fix=_("a teacher of classes, scores or tags has a head of the same name and labels; of text, a vocabulary"))
@@ -117,8 +124,58 @@ def _taught(run: Run, given: Teach, data: Data, plain: Engine) -> tuple[Distille
             raise IncompatibleError(_("the teacher has another tokenizer than the run"), where=where,
                                     fix=_("prepare the data with the teacher's tokenizer, for example tokenizer={folder}").format(
                                         folder=folders[name]))
-    made = Distilled(run.objective, kept, text, 0, given.weight, given.temperature, given.top, learn=1 - given.weight)
-    return made, {name: _asked(run, folder, made, plain) for name, folder in folders.items()}
+    inside = _inside(run, given, [weights.read_config(folder) for folder in folders.values()])
+    made = Distilled(run.objective, kept, text, 0, given.weight, given.temperature, given.top, learn=1 - given.weight,
+                     inside=inside)
+    if inside is not None:
+        _open(plain.placed.whole, range(run.network.layers), inside)
+    asked = {name: _asked(run, folder, made, plain, i) for i, (name, folder) in enumerate(folders.items()) if asks(plain)}
+    return made, asked
+
+
+def asks(plain: Engine) -> bool:
+    """Return whether this process asks frozen models: in a pipeline those of the last stage do, where they are listened to."""
+    return plain.placed.pipe is None or plain.placed.pipe.last
+
+
+def _inside(run: Run, given: Teach, teachers: Sequence[Config]) -> Inside | None:
+    """Return what of the teachers' inside is learned.  Raises ConfigError for models that cannot be compared so."""
+    if not (given.hidden or given.relations):
+        return None
+    own = run.network
+    if foreign := [cfg.family for cfg in (own, *teachers) if isinstance(cfg, Foreign)]:
+        raise ConfigError(_("{family} is a model of transformers: what its parts are is not known here").format(
+            family=foreign[0]), where="distil", fix=_("leave distil.hidden and distil.relations out"))
+    assert isinstance(own, Decoder | Encoder)
+    heads = given.relation_heads or own.heads
+    for cfg in (own, *teachers) if given.relations else ():
+        assert isinstance(cfg, Decoder | Encoder)
+        for wide in {width_of(cfg, "heads"), width_of(cfg, "kv_heads")}:
+            if wide % heads:
+                raise ConfigError(_("distil.relation_heads={heads} does not divide {width}, the width of all heads of a "
+                                    "model").format(heads=heads, width=wide), where="distil.relation_heads",
+                                  fix=_("choose a number that divides all of them"))
+    return Inside(tuple(uniform(own.layers, cfg.layers) for cfg in teachers), given.hidden, given.like, given.relations,
+                  heads=heads, causal=own.causal)
+
+
+def _open(model: Any, blocks: Collection[int], inside: Inside) -> None:
+    model.taps.open(model, blocks if inside.hidden else (), last=bool(inside.relations))
+
+
+def width_of(cfg: Decoder | Encoder, heads: str) -> int:
+    """Return the width of all heads of queries (heads), or of keys and values (kv_heads), together."""
+    return getattr(cfg, heads) * cfg.head_width if isinstance(cfg, Decoder) else cfg.width     # type: ignore[no-any-return]
+
+
+def _probes(run: Run, inside: Inside | None, world: World) -> Probes | None:
+    """Return what makes the student's states as wide as those of wider or narrower teachers; None where none is needed."""
+    if inside is None or not inside.hidden:
+        return None
+    own = run.network.width
+    wide = [weights.read_config(checkpoint.chosen(Path(folder))).width for folder in run.frozen.values()]
+    others = {number: width for number, width in enumerate(wide) if width != own}
+    return Probes(own, others, world, seed=run.seed) if others else None
 
 
 def _shared(run: Run, folder: Path) -> tuple[tuple[Head, ...], str, tuple[str, str]]:
@@ -132,15 +189,22 @@ def _shared(run: Run, folder: Path) -> tuple[tuple[Head, ...], str, tuple[str, s
         [*(name for name in objective.heads if name not in named), *map(_shown, objective.tasks())]))
 
 
-def _asked(run: Run, folder: Path, objective: Distilled, plain: Engine) -> Ask:
-    """Return what asks a frozen model, which is cut over the processes as the one that learns is."""
+def _asked(run: Run, folder: Path, objective: Distilled, plain: Engine, number: int = 0) -> Ask:
+    """Return what asks a frozen model, which is cut over the processes as the one that learns is; but in a pipeline the last
+    stage has all of its blocks, and asks it alone.
+    """
     cfg = weights.read_config(folder).with_heads([*(head.name for head in objective.kept), *filter(None, [objective.text])])
     world = plain.world
-    frozen = place(cfg, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows)
-    weights.fill(dict(frozen.named_parameters()), cfg, folder)
+    if world.layout.pp > 1:
+        world = replace(world, layout=world.layout.model_copy(update={"pp": 1, "micro": 1, "stages": None, "pipeline": "1f1b"}))
+    frozen = place(cfg, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows,
+                   table=formed.table_of(folder))
+    formed.fill(dict(frozen.named_parameters()), cfg, folder)
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
     frozen.eval()
+    if objective.inside is not None:
+        _open(frozen.whole, objective.inside.maps[number], objective.inside)
     inputs = tuple(name for name in objective.inputs if name != "candidates")
 
     def say(batch: Batch, most: int) -> Any:

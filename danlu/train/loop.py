@@ -68,6 +68,7 @@ class Plan:
     min_delta: float
     metric: str
     higher: bool                                         # more of it is better
+    settled: int                                         # from this step on an evaluation may be the best
     flops: float                                         # of one step, forward and backward
     peak: float                                          # measured FLOP/s of this device, 0 = unknown
     rows: tuple[str, ...] = ()                           # settings that keep the rows of a step when layout.micro changes
@@ -195,6 +196,8 @@ class Loop:
         guards.check_replay(recorded.pop(number + 1, None), loss, step=number + 1)
         lr = self.plan.lr * self.plan.schedule.at(number, self.plan.total)
         norm = self.update(batch, loss, lr)
+        if engine.zeros is not None and engine.zeros.changed:
+            self.guard.history.clear()                   # what the model loses with its weights is no spike
         self.hooks.after_update()
         self.progress.tokens += int(engine.counts[0])
         self.progress.history, self.progress.skipped = list(self.guard.history), self.guard.skipped
@@ -243,6 +246,8 @@ class Loop:
         if plan.metric not in values:
             raise ConfigError(_("there is no metric {name}; there are {names}").format(
                 name=plan.metric, names=", ".join(values)), where="metric")
+        if progress.step < plan.settled:
+            return False
         value = values[plan.metric]
         sign = 1 if plan.higher else -1
         better = progress.best is None or sign * (value - progress.best) > plan.min_delta
@@ -263,6 +268,8 @@ class Loop:
                        for name, value in zip(self.engine.objective.terms, losses, strict=True)}
         if self.engine.penalties:
             values["train/penalty"] = self.engine.penalty
+        if self.engine.zeros is not None:
+            values["sparsity"] = self.engine.zeros.share
         if self.plan.peak:
             values["mfu"] = round(self.plan.flops / max(clock.seconds, 1e-9) / self.plan.peak, 4)
         if self.engine.scaler is not None:

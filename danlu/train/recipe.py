@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from danlu.adapt import Adapters
+from danlu.adapt import QAT, Adapters
 from danlu.config import Model
 from danlu.layout import Layout
 from danlu.models.decoder import Decoder
@@ -20,6 +20,7 @@ from danlu.optim import Optimizers
 from danlu.schedule import Schedules
 from danlu.train.continual import Continual, Teach
 from danlu.train.sources import Source, listed
+from danlu.train.sparsify import KeepZeros, Sparsify
 from danlu.words import _
 
 Models = Annotated[Decoder | Encoder, Field(discriminator="kind")]
@@ -113,6 +114,8 @@ class Run(Model):
                                     "Hugging Face folder; several under names of your own teach together.")
     distil: Teach | None = Field(None, description="How the models under `frozen` teach; empty: the defaults.")
     adapt: Adapters | None = Field(None, description="What is trained in place of all weights of `start`.")
+    sparsify: Sparsify | None = Field(None, discriminator="kind", description="Weights that are 0: what is 0 stays so, or more "
+                                      "becomes so on the way.")
     objective: Objectives = Field(description="What is learned.")
     optim: Optimizers = Field(description="How parameters follow gradients.")
     schedule: Schedules = Field(description="How the learning rate moves.")
@@ -186,7 +189,7 @@ class Run(Model):
         if self.model is not None and self.length > self.model.context:
             problems.append(_("length={length} is more than model.context={context}; raise model.context or lower length")
                             .format(length=self.length, context=self.model.context))
-        problems += self._of_adapter()
+        problems += [*self._of_adapter(), *self._sparse()]
         layout = self.layout
         if layout.pp > 1 and self.objective.tasks() and self.metric != "eval/loss":
             problems.append(_("under layout.pp the loss of a task is measured, and no figure of it; set metric=loss, or "
@@ -226,8 +229,6 @@ class Run(Model):
         if given.average is not None and given.average.last > self.every.keep:
             problems.append(_("continual.average.last={n} checkpoints are averaged, and every.keep={m} are kept").format(
                 n=given.average.last, m=self.every.keep))
-        if given.distil is not None and self.layout.pp > 1:
-            problems.append(_("continual.distil asks a model that one process sees whole; set layout.pp=1"))
         return problems
 
     def _taught(self) -> list[str]:
@@ -235,8 +236,14 @@ class Run(Model):
         problems = []
         if self.distil is not None and not self.frozen:
             problems.append(_("distil learns from a teacher; name it: frozen.teacher=runs/x"))
-        if self.frozen and self.layout.pp > 1:
-            problems.append(_("a model under frozen is one that each process sees whole; set layout.pp=1"))
+        inside = self.distil is not None and (self.distil.hidden or self.distil.relations)
+        if inside and self.layout.pp > 1:
+            problems.append(_("distil.hidden and distil.relations look inside all blocks, which no process has under layout.pp; "
+                              "leave them out, or set layout.pp=1"))
+        if inside and self.compile and self.distil.relations:                # type: ignore[union-attr]
+            problems.append(_("distil.relations looks inside a block, where compile lets nobody look; set compile=false"))
+        if inside and self.layout.cp > 1 and self.distil.relations:          # type: ignore[union-attr]
+            problems.append(_("distil.relations compares all tokens of a row, which layout.cp cuts; set layout.cp=1"))
         if self.frozen and self.continual is not None and self.continual.distil is not None:
             problems.append(_("frozen and continual.distil both name models to learn from; give one of them"))
         return problems
@@ -268,9 +275,28 @@ class Run(Model):
     def _of_adapter(self) -> list[str]:
         if self.adapt is None:
             return []
-        if self.model is not None:
+        if self.model is not None and not isinstance(self.adapt, QAT):
             return [_("adapt changes a model that is there: give `start`, not `model`")]
         return self.adapt.check(self.layout, length=self.length, context=None, pack=self.packed)
+
+    def _sparse(self) -> list[str]:
+        """Return what is wrong with the section `sparsify`."""
+        if self.sparsify is None:
+            return []
+        problems, keeps = [], isinstance(self.sparsify, KeepZeros)
+        if self.adapt is not None and not isinstance(self.adapt, QAT):
+            problems.append(_("sparsify needs weights that learn, and adapt={kind} leaves them as they are; leave one of them "
+                              "out").format(kind=self.adapt.kind))
+        if isinstance(self.adapt, QAT) and self.adapt.bits == 4:
+            problems.append(_("in 4 bits with an offset a zero is no zero any more; set adapt.bits=8, or leave sparsify out"))
+        if keeps and self.start is None:
+            problems.append(_("sparsify=keep keeps the zeros of a model that is there; name it under `start`"))
+        if not keeps and self.layout.local is not None:
+            problems.append(_("replicas under layout.local would each choose zeros of their own; leave it out, or sparsify=keep"))
+        if not keeps and self.continual is not None and self.continual.average is not None:
+            problems.append(_("continual.average would fill the zeros of sparsify={kind} with weights of before; leave one of "
+                              "them out").format(kind=self.sparsify.kind))
+        return problems
 
     @property
     def network(self) -> Decoder | Encoder | Foreign:
@@ -297,8 +323,9 @@ class Run(Model):
 
     @property
     def tight(self) -> bool:
-        """Whether a batch is as long as its longest row; pipelines and compiled blocks want one length."""
-        return not self.packed and self.layout.pp == self.layout.cp == 1 and not self.compile
+        """Whether a batch is as long as its longest row; pipelines, cut rows and compiled blocks want one length."""
+        layout = self.layout
+        return not (self.packed or layout.pp > 1 or layout.cp > 1 or layout.sequence or self.compile)
 
     ALIASES: ClassVar[Mapping[str, str | Callable[[Any], dict[str, Any]]]] = {}
 

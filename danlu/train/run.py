@@ -86,8 +86,9 @@ def train(run: Run) -> Path:
         finally:
             saver.writer.wait()
             metrics.close()
+    sparsity = {} if work.engine.zeros is None else {"sparsity": work.engine.zeros.share}
     if world.main:
-        receipt.finish(run.out, {**work.progress.evaluation, **({"forgetting": told} if told else {}),
+        receipt.finish(run.out, {**work.progress.evaluation, **({"forgetting": told} if told else {}), **sparsity,
                                  "steps": work.progress.step, "tokens": work.progress.tokens})
     leave_results(run, work)
     if run.report and world.main:
@@ -209,6 +210,8 @@ def average(work: Work, decay: float | None) -> None:
         now = work.model.state_dict()
         names = [n for n, t in work.ema.items() if t.is_floating_point()]
         torch._foreach_lerp_([work.ema[n] for n in names], [placed.local(now[n]) for n in names], 1 - decay)
+        if work.engine.zeros is not None:
+            work.engine.zeros.of_average(work.ema)
 
 
 def averaged(work: Work, do: Callable[[], Any]) -> Any:

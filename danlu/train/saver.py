@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from danlu import config, files
-from danlu.adapt import folder
+from danlu.adapt import QAT, folder
 from danlu.errors import NumericError, ResourceError
 from danlu.log import duration, say
 from danlu.nn import paths
@@ -34,9 +34,9 @@ class Saver:
         self.at: float | None = None
         self.last = last
         self.lost: str | None = None
-        crew = Crew(work.engine.world.saving)
+        crew, self.table = Crew(work.engine.world.saving), adapted.table_of(run)
         self.began: dict[str, Any] = crew.first(lambda: receipt.began_with(run))
-        self.adapter = None if run.adapt is None or run.start is None else folder.Stored(
+        self.adapter = None if run.adapt is None or not adapted.apart(run) else folder.Stored(
             run.adapt, crew.first(lambda: folder.Base.of(run.start or Path())))
 
     def snapshot(self, progress: Progress, *, own: bool) -> checkpoint.Snapshot:
@@ -50,7 +50,8 @@ class Saver:
                  "parent": self.last.name if self.last else None, **self.began}
         return checkpoint.snapshot(progress.step, run.model, work.model, work.optimizer, ema=work.ema, state=state,
                                    facts=facts, tokenizer=self.data.folder, copy=self.writer.spare, own=own,
-                                   adapter=self.adapter)
+                                   adapter=self.adapter, rounding=run.adapt if isinstance(run.adapt, QAT) else None,
+                                   table=self.table)
 
     def save(self, progress: Progress, wait: bool) -> None:
         """Begin to save, unless this step is on disk; training goes on unless `wait`."""
@@ -114,7 +115,7 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     with torch.no_grad():
         before = engine.total(engine.sums(batch))
         fresh = place(run.network, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows,
-                      adapt=run.adapt, device=adapted.first_device(run))
+                      adapt=run.adapt, device=adapted.first_device(run), table=adapted.table_of(run))
         if run.adapt is not None:
             first_weights(run, fresh)
         checkpoint.load(saver.last, fresh)

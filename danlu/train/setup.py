@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from danlu import chance, config, files, parallel
-from danlu.adapt import folder
+from danlu.adapt import QAT, folder
 from danlu.adapt.lora import LoRA
 from danlu.adapt.targets import kept
 from danlu.data.shards import Shards, read_manifest
@@ -24,14 +24,13 @@ from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.evaluate import metrics
 from danlu.log import count, say
-from danlu.models import foreign_config, weights
-from danlu.models.build import build
+from danlu.models import foreign_config, formed, weights
 from danlu.nn import paths, placed
 from danlu.objectives import Objectives
 from danlu.objectives.tasks import Tasks
 from danlu.parallel import World
 from danlu.parallel.place import Placed, place
-from danlu.train import adapted, audit, checkpoint, guard, receipt
+from danlu.train import adapted, audit, checkpoint, guard, receipt, sparsify
 from danlu.train.continual import Continual, Replay
 from danlu.train.feed import stream
 from danlu.train.keep import keeping
@@ -40,7 +39,10 @@ from danlu.train.recipe import Run
 from danlu.train.shards import Crew
 from danlu.train.sources import Source
 from danlu.train.step import Engine
+from danlu.train.zeros import Zeros
 from danlu.words import _
+
+MANY = 0.05                                              # of weights that are 0: the model was pruned
 
 
 @dataclass
@@ -146,7 +148,7 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
             foreign_config.refuse(model, run.layout, {
                 "pack=false": run.packed, "compile=false": run.compile, "recompute=none": run.recompute != "none",
                 "optim.layer_decay=1": run.optim.layer_decay != 1.0,
-                "adapt=lora": run.adapt is not None and not isinstance(run.adapt, LoRA),
+                "adapt=lora": run.adapt is not None and not isinstance(run.adapt, LoRA | QAT),
                 "adapt.base=null": isinstance(run.adapt, LoRA) and run.adapt.base is not None})
         changes["model"] = model
     elif run.model is not None:
@@ -163,7 +165,8 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
     if run.precision == "auto":
         changes["precision"] = before.get("precision") or crew.first(lambda: parallel.fastest(world.device))
     run = run.model_copy(update=changes)
-    if run.adapt is not None and run.start is not None:
+    adapted.table_of(run)                                # what cannot be with it is said first
+    if adapted.apart(run) and run.start is not None:
         run = run.model_copy(update={"adapt": adapted.settle(run, run.start)})
     if run.layout.offload and world.device.type == "cpu":
         raise ConfigError(_("layout.offload moves weights from a device to the host, and this device is the host"),
@@ -210,7 +213,8 @@ def classes(data: Data, task: str | None = None) -> tuple[list[str], list[int]]:
 def make_model(run: Run, choice: paths.Choice, world: World) -> Placed:
     """Return this process's part of the model, with its first weights: random by the seed, or those of `start`."""
     placed = place(run.network, world, run.objective, precision=run.precision, recompute=run.recompute, compile=run.compile,
-                   length=run.length, rows=run.part_rows, adapt=run.adapt, device=adapted.first_device(run))
+                   length=run.length, rows=run.part_rows, adapt=run.adapt, device=adapted.first_device(run),
+                   table=adapted.table_of(run))
     placed.fresh = frozenset(first_weights(run, placed))
     if placed.fresh:
         say(_("new weights, made at random: {names}").format(names=", ".join(sorted(placed.fresh))))
@@ -223,7 +227,8 @@ def first_weights(run: Run, model: Placed) -> list[str]:
     model.init(run.seed)
     if run.start is None:
         return []
-    fresh = weights.fill(adapted.base_of(model, run.network), run.network, run.start, fresh=is_head)
+    base = adapted.base_of(model, run.network, adapted.table_of(run))
+    fresh = formed.fill(base, run.network, run.start, fresh=is_head)
     if run.adapt is not None:
         adapted.begin(run, model)
     return fresh
@@ -272,15 +277,24 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
     for shards, part in zip(data.train, rows.streams if isinstance(rows, Mixed) else (rows,), strict=True):
         guard.check_source(part, shards.name)
     guard.check_schedule(run.schedule, total)
+    if run.sparsify is not None:
+        sparsify.check(run.sparsify, total)
+        engine.zeros = Zeros(run.sparsify, run.network, engine.leaves, engine.world, total=total)
+    elif run.start is not None and run.adapt is None:
+        zeros = Zeros(sparsify.KeepZeros(), run.network, engine.leaves, engine.world, total=total).share
+        if zeros > MANY:
+            say(_("warning: {share:.0%} of the start model's weights are 0, and training fills them; sparsify=keep keeps "
+                  "them").format(share=zeros))
     every = run.every
     plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
                 save=every.save, sample=every.sample, best=every.best, patience=run.stop.patience if run.stop else None,
                 min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.metric,
                 higher=not run.metric.endswith("loss") and metrics.direction(run.metric),
+                settled=sparsify.settled(run.sparsify, total) if run.sparsify is not None else 0,
                 flops=model.whole.flops(run.length) * run.step_rows * run.length,
                 peak=parallel.peak(engine.device, run.precision) * engine.world.size,
                 rows=() if run.micro_rows is None else (f"rows={run.step_rows}", "micro_rows=null"))
-    stored = model.state_dict() if run.adapt is None else {n: model.state_dict()[n] for n in kept(model, run.network)}
+    stored = model.state_dict() if not adapted.apart(run) else {n: model.state_dict()[n] for n in kept(model, run.network)}
     ema = {n: placed.local(p).clone() for n, p in stored.items()} if run.ema else None
     watch = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike)
     return Work(model, engine, optimizer, ema, rows, plan, watch, Progress(position=rows.begin()), plain)
@@ -308,6 +322,10 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
                              history=work.progress.history, skipped=work.progress.skipped)
     if work.engine.scaler is not None and state.get("scaler"):
         work.engine.scaler.load_state_dict(state["scaler"])
+    if work.engine.probes is not None:
+        work.engine.probes.restore(work.optimizer)
+    if work.engine.zeros is not None:
+        work.engine.zeros.share = work.engine.zeros.counted()
     changed = receipt.differences(manifest["run"], config.dump(run)) + receipt.elsewhere(manifest)
     if changed:
         say(_("resuming with other settings than the run began with: {changes}").format(changes="; ".join(changed)))
@@ -318,7 +336,7 @@ def begin(run: Run, work: Work, data: Data, choice: paths.Choice) -> None:
     """Audit the data, write the receipt and say the plan: the first process, for all.  Raises DataError."""
     if not work.engine.world.main:
         return
-    parameters = sum(p.numel() for p in build(run.network).parameters())
+    parameters = sum(p.numel() for p in formed.made(run.network, adapted.table_of(run)).parameters())
     found = audit.audited(run, work.rows, data.train, data.judged, data.tokenizer, total=work.plan.total)
     audit.tell(found, run.out / "audit.json")
     receipt.begin(run, data_records=[record(s) for s in (*data.train, *data.judged)], tokenizer=data.tokenizer.sha256,

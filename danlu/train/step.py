@@ -21,6 +21,8 @@ from danlu.nn import placed as tensors
 from danlu.objectives.protocol import Batch, Objective, Out
 from danlu.parallel import autocast, context
 from danlu.parallel.place import Leaf, Placed
+from danlu.train.probes import Probes
+from danlu.train.zeros import Zeros
 
 
 class Penalty(Protocol):
@@ -37,17 +39,20 @@ class Engine:
     """
 
     def __init__(self, placed: Placed, objective: Objective, *, precision: str, clip: float | None, seed: int,
-                 penalties: Sequence[Penalty] = (), frozen: Mapping[str, Any] | None = None) -> None:
+                 penalties: Sequence[Penalty] = (), frozen: Mapping[str, Any] | None = None,
+                 probes: Probes | None = None) -> None:
         self.placed, self.objective, self.precision, self.clip, self.seed = placed, objective, precision, clip, seed
         self.penalties, self.frozen, self.penalty = penalties, frozen or {}, 0.0     # penalty: the value in the last step
         self.world, self.layout = placed.world, placed.world.layout
         self.device = self.world.device
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
-        self.leaves = placed.leaves()
+        self.leaves = [*placed.leaves(), *(probes.leaves() if probes is not None else ())]
         self.scales = torch.tensor(objective.scales, dtype=torch.float64)
         self.counts = torch.zeros(len(self.scales), dtype=torch.float64)     # [terms] of the last step, over all processes
         self.asked: Callable[[], bool] = lambda: False   # whether this process was asked to stop …
         self.stopping = False                            # … and whether any was, as of the last step
+        self.probes = probes                             # make states as wide as a teacher's
+        self.zeros: Zeros | None = None                  # weights that are 0, and stay so
         self.asleep: Callable[[str, int], bool] = lambda name, step: False      # parameters that do not learn yet, by step
         self.number = 0                                  # of the step whose gradients these are
         self.micro = self.layout.micro                   # micro-batches of a step; more of them once memory has run out
@@ -70,13 +75,15 @@ class Engine:
         In a pipeline they are 0 but in the last stage.
         """
         if self.placed.pipe is not None:
+            self.placed.pipe.learn(self.objective)
             return self.placed.pipe.run(dict(batch), None)
         return self.objective.loss(self.outputs(batch), batch)
 
     def outputs(self, batch: Batch) -> Out:
         """Return what the model says of this process's `batch`; not in a pipeline, where no process has it all."""
         with autocast(self.precision, self.device):
-            return self.placed.call(**{name: batch[name] for name in self.objective.inputs if name in batch})  # type: ignore[no-any-return]
+            out = self.placed.call(**{name: batch[name] for name in self.objective.inputs if name in batch})
+            return self.probes(out) if self.probes is not None else out     # type: ignore[no-any-return]
 
     def whole(self, column: Tensor, *, tokens: bool) -> Tensor:
         """Return a column of this process's rows as it is where no row is cut; tokens: it is of tokens [B, T, …]."""
@@ -100,7 +107,8 @@ class Engine:
         weights = (self.scales / divisor * self._averaged).to(self.device)
         if self.placed.pipe is not None:
             self._seed(step, 0)
-            sums = self.placed.pipe.run(batch, self._scaled(weights))
+            self.placed.pipe.learn(self.objective)
+            sums = self.placed.pipe.run(self._enriched(batch), self._scaled(weights))
         else:
             sums = self._micro_batches(batch, weights, step)
         return self.total(sums) / counts
@@ -131,6 +139,15 @@ class Engine:
             total += sums.detach().double()
         return total
 
+    def _enriched(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch of a pipeline with what frozen models say, asked a micro-batch at a time, in the last stage."""
+        if not self.frozen:
+            return batch
+        size = batch["ids"].shape[0] // self.layout.micro
+        parts = [self.objective.enrich({k: v[at : at + size] for k, v in batch.items()}, self.frozen)
+                 for at in range(0, batch["ids"].shape[0], size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     def _seed(self, step: int, number: int) -> None:
         """Seed dropout: by the step and the micro-batch, and differently where other rows, tokens or blocks are."""
         place = tuple(self.world.index(axis) for axis in ("dp", "cp", "pp"))
@@ -152,6 +169,8 @@ class Engine:
         if self.penalties:
             value = torch.stack([penalty.add(self.leaves) for penalty in self.penalties]).sum()
             self.penalty = float(self.world.add(value.reshape(1)))
+        if self.zeros is not None:
+            self.zeros.hold()
         own = self._share()
         norm = self._global(own)
         if self.scaler and self.world.size > 1:              # each process looks at its own part: all must skip together
@@ -168,8 +187,12 @@ class Engine:
                 self.scaler.step(optimizer)
             else:
                 optimizer.step()
+        if self.probes is not None:
+            self.probes.stow(optimizer)
         if self.scaler:
             self.scaler.update()
+        if self.zeros is not None:
+            self.zeros.settle(optimizer, self.number + 1)
         for leaf in self.leaves:
             leaf.param.grad = leaf.local.grad = None
         return norm
@@ -187,6 +210,8 @@ class Engine:
                 leaf.local.grad = None
         if self._partial:
             self._add([leaf.local for leaf in self._partial], "tp")
+        if self.probes is not None:
+            self.probes.gather(self._averaged)
         if self._tied and self.world.ends is not None:
             for leaf in self._tied:
                 torch.distributed.all_reduce(leaf.local.grad, group=self.world.ends)

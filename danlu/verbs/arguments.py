@@ -238,12 +238,12 @@ def _layers(parser: argparse.ArgumentParser) -> None:
 
 def quantize(parser: argparse.ArgumentParser) -> None:
     smaller(parser)
-    parser.add_argument("--bits", type=int, choices=[8, 4], help=_("of a weight (default: 8)"))
+    parser.add_argument("--bits", type=int, choices=[8, 4], help=_("of a weight (default: those it has learned for, else 8)"))
     parser.add_argument("--method", default="rtn", choices=["rtn", "gptq", "awq", "dynamic", "nf4"],
                         help=_("rtn = to nearest; gptq, awq = by rows; dynamic = activations, too; nf4 = normal levels"))
-    parser.add_argument("--group", type=int, default=64, help=_("weights of a row that share a scale, in 4 bits"))
-    parser.add_argument("--embeddings", default="int8", choices=["int8", "keep"],
-                        help=_("the table of tokens and the head of the vocabulary"))
+    parser.add_argument("--group", type=int, help=_("weights of a row that share a scale, in 4 bits (default: 64)"))
+    parser.add_argument("--embeddings", choices=["int8", "keep"],
+                        help=_("the table of tokens and the head of the vocabulary (default: int8)"))
     _layers(parser)
 
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from danlu import config, parallel
+from danlu import config
 from danlu.compress.factorize import Factorize, factorize
 from danlu.compress.rows import Rows
-from danlu.evaluate import smaller
-from danlu.evaluate.rows import How
-from danlu.verbs.eval import by_role
+from danlu.verbs import smaller
 
 
-def main(run: Path, *, out: Path, rank: str, error: float, keep: list[str], also: list[str], data: str | None, rows: int,
-         columns: list[str], encoding: str | None, format: str | None, length: int | None, head: str | None,
-         dtype: str | None, as_json: bool) -> int:
+def main(run: Path, *, rank: str, error: float, keep: list[str], also: list[str], **rest: Any) -> int:
     """Write the smaller model to `out`, and print both sizes and their distance."""
-    parallel.start(threads=None, device="cpu")
     how = config.validate(Factorize, {"rank": int(rank) if rank.isdecimal() else rank, "error": error, "keep": tuple(keep),
                                       "also": tuple(also)})
 
@@ -26,10 +20,4 @@ def main(run: Path, *, out: Path, rank: str, error: float, keep: list[str], also
         factorize(model, how, given)
         return model
 
-    found = smaller.make(run, out, verb="factorize", how=how, change=change, data=data, count=rows, dtype=dtype, reading=How(
-        names=by_role(columns), encoding=encoding, format=format, length=length, head=head))
-    if as_json:
-        print(json.dumps(found.record(), ensure_ascii=False))
-    else:
-        smaller.show(found)
-    return 0
+    return smaller.made(run, how=how, verb="factorize", change=change, **rest)

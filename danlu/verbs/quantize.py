@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from danlu import config, parallel
+from danlu import config
+from danlu.adapt import folder as adapters
 from danlu.compress.quantize import Quantize, quantize
 from danlu.compress.rows import Rows
-from danlu.evaluate import smaller
-from danlu.evaluate.rows import How
-from danlu.verbs.eval import by_role
+from danlu.log import say
+from danlu.train import checkpoint
+from danlu.verbs import smaller
+from danlu.words import _
+
+USUAL = {"bits": 8, "group": 64, "embeddings": "int8"}
 
 
-def main(run: Path, *, out: Path, bits: int | None, method: str, group: int, embeddings: str, keep: list[str], also: list[str],
-         data: str | None, rows: int, columns: list[str], encoding: str | None, format: str | None, length: int | None,
-         head: str | None, dtype: str | None, as_json: bool) -> int:
+def main(run: Path, *, bits: int | None, method: str, group: int | None, embeddings: str | None, keep: list[str],
+         also: list[str], **rest: Any) -> int:
     """Write the smaller model to `out`, and print both sizes and their distance."""
-    parallel.start(threads=None, device="cpu")
-    usual = 4 if method == "nf4" else 8
-    how = config.validate(Quantize, {"bits": usual if bits is None else bits, "method": method, "group": group,
-                                     "embeddings": embeddings, "keep": tuple(keep), "also": tuple(also)})
+    asked = {"bits": bits, "group": group, "embeddings": embeddings, "keep": tuple(keep) or None, "also": tuple(also) or None}
+    told = {name: value for name, value in asked.items() if value is not None}
+    trained = adapters.rounding(checkpoint.chosen(run))
+    usual = USUAL | ({"bits": 4} if method == "nf4" else {})
+    if trained is not None and method == "rtn":
+        usual = trained.model_dump(include=set(asked))
+        if other := {name: value for name, value in told.items() if value != getattr(trained, name)}:
+            say(_("warning: the model has learned to be rounded otherwise: {settings}").format(
+                settings=", ".join(f"{name}={getattr(trained, name)}" for name in other)))
+    how = config.validate(Quantize, usual | told | {"method": method})
 
     def change(model: Any, given: Rows) -> Any:
         quantize(model, how, given)
         return model
 
-    found = smaller.make(run, out, verb="quantize", how=how, change=change, data=data, count=rows, dtype=dtype, reading=How(
-        names=by_role(columns), encoding=encoding, format=format, length=length, head=head))
-    if as_json:
-        print(json.dumps(found.record(), ensure_ascii=False))
-    else:
-        smaller.show(found)
-    return 0
+    return smaller.made(run, how=how, verb="quantize", change=change, **rest)

@@ -14,13 +14,15 @@ from compress.small import SHAPES, ids, model, said
 from evaluate.small import decoder, encoder, table, texts, trained
 
 from danlu import cli, files
+from danlu.adapt.targets import linears
 from danlu.compress import folder
 from danlu.compress.factorize import Factorize, factorize
 from danlu.compress.prune import Prune, prune
-from danlu.compress.quantize import Quantize, linears, quantize
+from danlu.compress.quantize import Quantize, quantize
 from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.evaluate.subject import open_subject
 from danlu.models import weights
+from danlu.nn import packed
 
 WAYS: dict[str, Any] = {
     "int8": Quantize(), "dynamic": Quantize(method="dynamic"), "gptq": Quantize(bits=4, method="gptq", group=32),
@@ -226,3 +228,44 @@ def test_a_model_of_transformers_is_made_smaller_too(tmp_path: Path, way: str) -
     if way in ("int8", "dynamic"):
         before = said(whole, ids())
         torch.testing.assert_close(said(made, ids()), before, atol=0.05 * float(before.abs().max()), rtol=0)
+
+
+CHAINS = [("heads", "int8"), ("heads", "gptq"), ("heads", "awq"), ("ffn", "int8"), ("layers", "nf4"), ("magnitude", "int8"),
+          ("2:4", "gptq"), ("heads", "low"), ("low", "int8"), ("low", "four"), ("low", "nf4")]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize(("first", "then"), CHAINS)
+def test_one_way_follows_another(tmp_path: Path, family: str, first: str, then: str) -> None:
+    """The second step changes what the first one wrote, and says what the same steps say where nothing is written between."""
+    WAYS["four"] = Quantize(bits=4, group=32)
+    folder.write(tmp_path / "first", smaller(model(family), first), receipt={}, sparse=first in ("magnitude", "2:4"))
+    both = smaller(weights.load(tmp_path / "first").eval(), then)
+    folder.write(tmp_path / "both", both, receipt={})
+    wanted = said(smaller(smaller(model(family), first), then), ids(seed=1))
+    assert torch.equal(said(weights.load(tmp_path / "both").eval(), ids(seed=1)), wanted)
+    # torch adds in another order where a tensor begins elsewhere in memory
+    assert folder.size(tmp_path / "both") < folder.size(tmp_path / "first") or first in ("magnitude", "2:4")
+
+
+def test_thin_matrices_are_rounded_each_by_itself() -> None:
+    made = smaller(model("bert"), "low")
+    thin = {name: packed.thin(layer) for name, layer in made.named_modules() if isinstance(layer, packed.LowLinear)}
+    quantize(made, Quantize())
+    for name, (up, down) in thin.items():
+        layer = made.get_submodule(name)
+        for whole, found in zip((up, down), packed.thin(layer), strict=True):
+            scales = whole.detach().abs().amax(1) / 127
+            wanted = torch.fake_quantize_per_channel_affine(whole.detach(), scales, torch.zeros(len(scales)).int(), 0, -127, 127)
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    with pytest.raises(ConfigError, match="thin ones"):
+        quantize(smaller(model("bert"), "low"), Quantize(method="gptq"), ids())
+    with pytest.raises(ConfigError, match="packed already"):
+        quantize(made, Quantize())
+
+
+def test_verbs_follow_one_another(run: Path, tmp_path: Path) -> None:
+    for verb, options, out in (("factorize", ["--rank", "4"], "thin"), ("prune", ["--method", "heads"], "cut")):
+        assert cli.main([verb, str(run / "run"), "--out", str(tmp_path / out), *options]) == 0
+        assert cli.main(["quantize", str(tmp_path / out), "--out", str(tmp_path / f"{out}-8")]) == 0
+        assert folder.size(tmp_path / f"{out}-8") < folder.size(tmp_path / out)

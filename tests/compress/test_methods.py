@@ -10,12 +10,13 @@ import torch
 from compress.small import SHAPES, VOCAB, correlated, ids, model, said
 from torch import Tensor
 
+from danlu.adapt.targets import linears
 from danlu.compress import awq, rows
 from danlu.compress.compare import distance, numbers
 from danlu.compress.factorize import Factorize, factorize, split
 from danlu.compress.gptq import gptq
 from danlu.compress.prune import Prune, mask, prune
-from danlu.compress.quantize import Quantize, linears, quantize
+from danlu.compress.quantize import Quantize, quantize
 from danlu.compress.rows import Moments
 from danlu.errors import ConfigError
 from danlu.nn import packed

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from danlu import parallel
-from danlu.adapt import IA3, Adapter, BitFit, Bottleneck, Freeze, LoRA, Prefix, Prompt, PTuning
+from danlu.adapt import IA3, QAT, Adapter, BitFit, Bottleneck, Freeze, LoRA, Prefix, Prompt, PTuning
 from danlu.layout import Layout, Local
 from danlu.models.build import Config, build
 from danlu.models.decoder import Decoder
@@ -36,7 +36,9 @@ from danlu.parallel.place import Placed, alone, place
 from danlu.parallel.world import World, meshed
 from danlu.train.outer import Outer
 from danlu.train.penalty import Pull, fisher
+from danlu.train.sparsify import Magnitude, Sparsify, TwoFour
 from danlu.train.step import Engine
+from danlu.train.zeros import Zeros
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from objectives.small import rng, vocab
@@ -85,6 +87,11 @@ MODELS: dict[str, tuple[Config, Objective]] = {
 }
 
 
+# Of these, weights become 0 on the way.
+SPARSE: dict[str, Sparsify] = {"causal LM": Magnitude(begin=1, until=3, every=1),
+                               "causal LM, tied": Magnitude(begin=1, until=3, every=1, over="model"),
+                               "MLM+NSP": TwoFour(begin=1, until=3, every=1)}
+
 # … and adapters: the base is frozen, and what is added is cut, or not, with its matrix.
 ADAPTED: dict[str, tuple[str, Adapter]] = {
     "LoRA": ("causal LM", LoRA(rank=4)), "LoRA embed": ("causal LM, tied", LoRA(rank=4, target=("embed", "c_attn", "down"))),
@@ -92,6 +99,7 @@ ADAPTED: dict[str, tuple[str, Adapter]] = {
     "IA3": ("causal LM, tied", IA3()), "houlsby": ("causal LM", Bottleneck(style="houlsby", reduction=4)),
     "prefix": ("causal LM", Prefix(tokens=3)), "prompt": ("causal LM, tied", Prompt(tokens=4)),
     "ptuning": ("MLM+NSP", PTuning(tokens=4, hidden=8)), "bitfit": ("MLM+NSP", BitFit()), "freeze": ("causal LM", Freeze(last=1)),
+    "QAT": ("causal LM", QAT(bits=4, group=24)), "QAT, tied": ("causal LM, tied", QAT(bits=8)),
 }
 
 
@@ -182,11 +190,14 @@ def penalised(model: Placed, objective: Objective) -> list[Pull]:
     return [Pull(engine.leaves, lambda leaf: 1e4 * found[leaf.name])]
 
 
-def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
-    """Return (losses and the value of penalties, norm, this process's gradients) of each step."""
+def steps(model: Placed, objective: Objective, encoder: bool, sparse: Sparsify | None = None,
+          ) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
+    """Return (losses, the value of penalties and the share of zeros, norm, this process's gradients) of each step."""
     penalties = penalised(model, objective) if isinstance(objective, Tasks) else []
     engine = Engine(model, objective, precision="fp64", clip=0.5, seed=0, penalties=penalties)
     optimizer = AdamW(lr=1e-2).build((leaf.name, leaf.local) for leaf in engine.leaves)
+    if sparse is not None:
+        engine.zeros = Zeros(sparse, model.parts[0].cfg, engine.leaves, engine.world, total=STEPS)
     dp, index, made = engine.layout.dp, engine.world.index("dp"), []
     for step in range(STEPS):
         size = ROWS // dp
@@ -201,7 +212,8 @@ def steps(model: Placed, objective: Objective, encoder: bool) -> list[tuple[Tens
             return True
 
         norm = engine.update(optimizer, 1e-2, allow=look)
-        made.append((torch.cat((losses, torch.tensor([engine.penalty], dtype=torch.float64))), norm, grads))
+        share = 0.0 if engine.zeros is None else engine.zeros.share
+        made.append((torch.cat((losses, torch.tensor([engine.penalty, share], dtype=torch.float64))), norm, grads))
     return made
 
 
@@ -240,7 +252,7 @@ def expected_of(name: str) -> list[tuple[Tensor, float, dict[str, Tensor]]]:
     if adapt is not None:
         adapt.apply(whole)
     whole.to(torch.float64).to_empty(device="cpu")
-    return steps(filled(alone(whole.train()), adapt), objective, cfg.kind == "encoder")
+    return steps(filled(alone(whole.train()), adapt), objective, cfg.kind == "encoder", SPARSE.get(name))
 
 
 def compare(name: str, world: World, recompute: str | int) -> dict[str, Any]:
@@ -251,7 +263,7 @@ def compare(name: str, world: World, recompute: str | int) -> dict[str, Any]:
     model = place(cfg, world, objective, precision="fp64", length=LENGTH, rows=ROWS // layout.dp // layout.micro,
                   recompute=recompute, adapt=adapt)
     extents = {leaf.name: placed.extent(leaf.param) for leaf in model.leaves()}
-    found = steps(filled(model, adapt).train().begin(), objective, encoder)
+    found = steps(filled(model, adapt).train().begin(), objective, encoder, SPARSE.get(name))
     loss = max(float((a[0] - b[0]).abs().max()) for a, b in zip(found, expected, strict=True))
     norm = max(abs(a[1] - b[1]) / b[1] for a, b in zip(found, expected, strict=True))
     gradient, worst = 0.0, ""

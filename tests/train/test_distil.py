@@ -111,8 +111,8 @@ def test_teachers_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> No
         train(learning(world, tmp_path / "b", tokenizer=str(other), model=SMALL))
     with pytest.raises(ConfigError, match="name it: frozen"):
         learning(world, tmp_path / "c", frozen={}, distil={})
-    with pytest.raises(ConfigError, match="each process sees whole"):
-        learning(world, tmp_path / "d", layout={"pp": 2, "micro": 2})
+    with pytest.raises(ConfigError, match="look inside all blocks"):
+        learning(world, tmp_path / "d", layout={"pp": 2, "micro": 2}, distil={"hidden": 1.0})
 
 
 def test_a_resumed_run_learns_the_same(world: Path, tmp_path: Path) -> None:
@@ -132,7 +132,9 @@ def test_a_layout_changes_nothing(world: Path, tmp_path: Path, objective: str) -
                     "model": several.DECODER, "data": [{"path": str(world / "words.jsonl")}],
                     "frozen": {"teacher": str(world / "words")}, "distil": {"top": 8}}
     told = {}
-    layouts = {"one": (), "dp": ("layout.dp=2", "layout.shard=full"), "tp": ("layout.tp=2",), "cp": ("layout.cp=2",)}
+    layouts = {"one": (), "dp": ("layout.dp=2", "layout.shard=full"), "tp": ("layout.tp=2",), "cp": ("layout.cp=2",),
+               "pp": ("layout.pp=2", "layout.micro=2"), "pp×fsdp": ("layout.pp=2", "layout.micro=4", "layout.dp=2",
+                                                                   "layout.shard=full")}
     for name, layout in layouts.items():
         run = learning(world, tmp_path / name, **changes)
         recipe = tmp_path / f"{name}.yaml"
@@ -140,7 +142,7 @@ def test_a_layout_changes_nothing(world: Path, tmp_path: Path, objective: str) -
         assert danlu("train", recipe, *layout).code == 0
         told[name] = [line for line in several.lines(tmp_path / name) if "train/loss" in line]
     term = "train/distil/text_loss" if objective == "causal_lm" else "train/distil/classify_loss"
-    for name in ("dp", "tp", "cp"):
+    for name in list(layouts)[1:]:
         for mine, theirs in zip(told["one"], told[name], strict=True):
             assert theirs["train/loss"] == pytest.approx(mine["train/loss"], rel=1e-4)
             assert theirs[term] == pytest.approx(mine[term], rel=1e-3, abs=1e-6)
