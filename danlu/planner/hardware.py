@@ -141,7 +141,8 @@ def device(name: str) -> Device:
 def parse(text: str, *, price: float | None = None, path: Path | None = None) -> Machine:
     """Return the machine that '8xH100', '285 x V100', 'A100-40GB', 'here' or '2xcpu' means.
 
-    price: of a device-hour; path: of what was measured here (`measured_at`).  Raises ConfigError for unknown names and impossible numbers.
+    price: of a device-hour; path: of what was measured here (`measured_at`).  Raises ConfigError for names that it does not
+    know and numbers that cannot be.
     """
     found = re.fullmatch(r"\s*(?:([-+]?[0-9][0-9.,_]*)\s*[x×*])?\s*(.*\S)\s*", text, re.IGNORECASE)
     if found is None or re.fullmatch(r"[-+]?[0-9.,_]*\s*[x×*]", found[2]):
