@@ -145,8 +145,8 @@ def refuted(model: Public) -> Iterator[str]:
     for claim in model.told:
         machine, limit = parse(claim.machine), claim.days * amounts.DAY
         case = large(model, machine, claim.tokens, deadline=limit)
-        yield _("often told: {count} × {name} in {days:g} days; that would be {share:.0%} of their peak, which alone takes {peak}. "
-                "{truth}").format(count=machine.count, name=machine.device.name, days=claim.days, share=case.peak / limit,
+        yield _("often told: {count} × {name} in {days:g} days; that would be {share:.0%} of their peak, which alone takes "
+                "{peak}. {truth}").format(count=machine.count, name=machine.device.name, days=claim.days, share=case.peak / limit,
                                   peak=amounts.duration(case.peak), truth=claim.truth)
 
 
