@@ -1,7 +1,8 @@
-"""What a layout holds, sends and computes, by traces of one and of two blocks: no layout is traced in full size.
+"""What a layout holds, sends and computes, by traces of two and of three blocks: no layout is traced in full size.
 
 All but the number of blocks and of data-parallel processes is as in the run: the cutting of tensors, FSDP, the rows of a
-micro-batch, recomputation.  Whatever a block adds is the difference between two and one; shapes say what shards hold.
+micro-batch, recomputation.  Whatever a block adds is the difference between three and two (two, so that what is
+gathered ahead is there); shapes say what shards hold.
 `danlu rehearse` traces the whole; a test holds the two against each other.
 """
 
@@ -10,10 +11,12 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from danlu.layout import Layout
-from danlu.parallel.pipeline import ranges_of
+from danlu.models.build import Config, build
+from danlu.parallel.pipeline import bounds, head_cost
 from danlu.planner.hardware import Machine
 from danlu.rehearse import slots
 from danlu.rehearse.ledger import Traffic
@@ -25,6 +28,7 @@ START = {True: 10e-6, False: 30e-6}                      # seconds that a collec
 OVERLAP = 0.8                                            # share of the computing time behind which FSDP's messages hide
 HOST_LINK = 25e9                                         # bytes/s between device and host: PCI Express 4.0 x16, in practice
 FIRST = {"replicate": 0, "shard": 0, "tp": 0}            # the process that holds most
+FEW = 2
 PASSES = 1.5                                             # how often an optimizer's step reads or writes what it holds
 
 
@@ -54,10 +58,10 @@ class Pace(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """A stage of a process with one block, and with two."""
+    """A stage of a process with FEW blocks, and with one more."""
 
-    one: Traced
-    two: Traced
+    few: Traced
+    more: Traced
 
 
 class Traces:
@@ -72,18 +76,23 @@ class Traces:
         if name not in self.made:
             gc.collect()
             gc.freeze()                                  # or every mark of a trace would look through all of it
-            ones, twos = _traced(reduced(run, 1)), _traced(reduced(run, 2))
+            few, more = _traced(reduced(run, FEW)), _traced(reduced(run, FEW + 1))
             gc.unfreeze()
-            self.made[name] = tuple(Basis(one, two) for one, two in zip(ones, twos, strict=True))
+            self.made[name] = tuple(Basis(a, b) for a, b in zip(few, more, strict=True))
         return self.made[name]
 
     def knows(self, run: Run) -> bool:
         return key(run) in self.made
 
+    @property
+    def count(self) -> int:
+        """Number of stages that were traced."""
+        return sum(len(each) for each in self.made.values())
+
 
 def key(run: Run) -> str:
     """Return what runs that share a basis have in common."""
-    small = reduced(run, 1)
+    small = reduced(run, FEW)
     return repr((small.layout, small.rows, small.length, small.recompute, small.precision, small.optim, small.adapt, small.model,
                  small.objective, small.device))
 
@@ -93,7 +102,7 @@ def reduced(run: Run, blocks: int) -> Run:
     layout = run.layout
     dp, pp = min(layout.dp, 8), min(layout.pp, 2)
     group = None if layout.group is None else min(layout.group, dp * layout.cp // 2)
-    micro = 2 if pp > 1 else min(layout.micro, 3)
+    micro = min(layout.micro, 2)
     small = layout.model_copy(update={
         "dp": dp, "pp": pp, "micro": micro, "group": group, "stages": (blocks,) * pp if pp > 1 else None, "pipeline": "1f1b"})
     shape = run.network.model_copy(update={"layers": blocks * pp})
@@ -106,8 +115,8 @@ def _traced(run: Run) -> list[Traced]:
     return [first] if run.layout.pp == 1 else [first, trace(run, run.layout.world // run.layout.pp, [first])]
 
 
-def _line(one: float, two: float, blocks: int) -> int:
-    return round(one + (blocks - 1) * (two - one))
+def _line(few: float, more: float, blocks: int) -> int:
+    return round(few + (blocks - FEW) * (more - few))
 
 
 class Part(NamedTuple):
@@ -118,7 +127,7 @@ class Part(NamedTuple):
     run: Run
 
     def of(self, what: Callable[[Traced], float]) -> int:
-        return _line(what(self.basis.one), what(self.basis.two), self.blocks)
+        return _line(what(self.basis.few), what(self.basis.more), self.blocks)
 
     def static(self) -> tuple[int, int, int]:
         """Return the bytes of weights, gradients and optimizer of the first process."""
@@ -128,25 +137,22 @@ class Part(NamedTuple):
 
     def peak(self, waiting: int) -> tuple[int, int]:
         """Return the peak beside weights and optimizer, and the activations then; waiting: micro-batches on their way."""
-        top = at = 0
-        for number in (1, -1) if self.run.layout.pp == 1 and self.run.layout.micro > 1 else (-1,):
-            a, b = (_pass(each, number) for each in self.basis)
-            kept = _line(a.kept, b.kept, self.blocks)
-            backward = a.backward if self.blocks == 1 else b.backward + (self.blocks - 2) * self.more(a, b)
-            extra = b.forward - b.kept, b.forward - b.kept - a.forward + a.kept
-            forward = a.forward - a.kept if self.blocks == 1 else extra[0] + (self.blocks - 2) * max(0, extra[1]) * (
-                self.run.layout.shard == "none")
-            here = waiting * kept + max(forward, backward)
-            if here > top:
-                top, at = round(here), round(waiting * kept)
-        messages = self.run.layout.micro * (self.basis.two.stages[0].entered + self.basis.two.stages[0].sent)
-        return max(top, self.of(lambda each: each.closing)) + self.of(lambda each: each.base - each.weights) + messages, at
+        a, b = (each.stages[0].passes[-1] for each in self.basis)
+        kept, beyond = waiting * _line(a.kept, b.kept, self.blocks), max(0, self.blocks - FEW - 1)
+        backward = (a if self.blocks <= FEW else b).backward + beyond * self.more(a, b)
+        forward = (a.forward - a.kept) if self.blocks <= FEW else b.forward - b.kept
+        if self.run.layout.shard == "none":
+            forward += beyond * max(0, b.forward - b.kept - a.forward + a.kept)
+        stage = self.basis.more.stages[0]
+        messages = self.run.layout.micro * (stage.entered + stage.sent)
+        peak = max(kept + max(forward, backward), self.of(lambda each: each.closing))
+        return round(peak) + self.of(lambda each: each.base - each.weights) + messages, kept
 
     def more(self, a: Pass, b: Pass) -> float:
         """Return the bytes that every further block adds to what a backward pass needs for itself.
 
-        Without shards: the difference, such as copies of its weights in bf16.  With them, the second block shows what is
-        gathered ahead, once; what stays is the gradients' shards, if they are not there yet, less the activations let go.
+        Without shards: the difference, such as copies of its weights in bf16.  With them, what stays is the
+        gradients' shards, if they are not there yet, less the activations let go.
         """
         if self.run.layout.shard == "none":
             return max(self.copies(), b.backward - a.backward)
@@ -192,10 +198,9 @@ def _pass(one: Traced, number: int) -> Pass:
 
 def _traffic(run: Run, one: Traced) -> Traffic:
     stage, micro, total = one.stages[0], run.layout.micro, Traffic().more(one.rest)
-    total.more(stage.passes[0].traffic)
-    if run.layout.pp > 1:
-        return total.more(stage.usual.traffic, micro - 1)
-    return total.more(stage.usual.traffic, max(0, micro - 2)).more(stage.passes[-1].traffic, int(micro > 1))
+    last = stage.passes[-1].traffic                      # which exchanges gradients where there is no pipeline
+    return total.more(stage.passes[0].traffic, micro - 1).more(last) if run.layout.pp == 1 else (
+        total.more(stage.passes[0].traffic).more(last, micro - 1))
 
 
 def _static(run: Run, one: Traced) -> tuple[int, int, int]:
@@ -228,8 +233,14 @@ def parts(run: Run, traces: Traces) -> list[tuple[Part, int]]:
     found = traces.of(run)
     if run.layout.pp == 1:
         return [(Part(run.network.layers, found[0], run), 1)]
-    sizes = [len(blocks) for blocks in ranges_of(run.layout, run.network)]
+    one = run.network.model_copy(update={"layers": 1})
+    sizes = [len(blocks) for blocks in bounds(run.layout, run.network.layers, head=_head(one))]
     return [(Part(sizes[0], found[0], run), min(run.layout.pp, run.layout.micro)), (Part(sizes[-1], found[1], run), 1)]
+
+
+@cache
+def _head(one_block: Config) -> float:
+    return head_cost(build(one_block))
 
 
 def held(run: Run, traces: Traces) -> Held:
