@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from danlu import config
 from danlu.adapt.lora import LoRA
 from danlu.errors import ConfigError
 from danlu.layout import Layout
@@ -92,20 +93,22 @@ class _Shape(NamedTuple):
 
 
 def search(run: Run, machine: Machine, *, steps: int | None, deadline: float | None = None, budget: float | None = None,
-           keep: int = 5, methods: bool = False) -> Found:
+           keep: int = 5, given: Run | None = None) -> Found:
     """Return the best ways to train a settled run on `machine`.  Raises ConfigError where there is none at all.
 
-    steps: updates of the whole run, None if only the data can tell; methods: also try LoRA and QLoRA in place of `adapt`.
-    What is learned changes only if nothing that keeps it the same meets all that is asked; such candidates name it.
+    steps: updates of the whole run, None if only the data can tell; given: the recipe as it was before it was settled, which
+    may refuse a layout for other reasons; if it begins from weights, LoRA and QLoRA are compared, too.  What is learned
+    changes only if nothing that keeps it the same meets all that is asked; such candidates name it.
     """
     traces, looked, best = Traces(), 0, list[Candidate]()
-    for other, variant in _variants(run, machine, methods=methods):
+    methods = given is not None and given.start is not None and given.adapt is None
+    for other, variant in _variants(run, methods=methods):
         ranked, count = _ranked(variant, machine, traces)
         looked += count
-        best += _refined(ranked, other, machine, traces=traces, steps=steps, keep=keep)
+        best += _refined(ranked, other, machine, traces=traces, steps=steps, keep=keep, given=given)
         found = Found(machine, tuple(best), looked, len(traces.made), deadline, budget)
-        if any(found.meets(one) for one in best):
-            break
+        if any(found.meets(one) or (one.fits and variant.adapt == run.adapt and not methods) for one in best):
+            break                                        # another optimizer makes nothing faster
     if not best:
         raise ConfigError(_("no layout of {rows} rows a step fits {count} × {name}").format(
             rows=run.step_rows, count=machine.count, name=machine.device.name), where="--hardware",
@@ -114,10 +117,10 @@ def search(run: Run, machine: Machine, *, steps: int | None, deadline: float | N
     return found._replace(best=tuple(best[:keep]))
 
 
-def _variants(run: Run, machine: Machine, *, methods: bool) -> Iterator[tuple[tuple[str, ...], Run]]:
+def _variants(run: Run, *, methods: bool) -> Iterator[tuple[tuple[str, ...], Run]]:
     """Yield the run as it is, then with another optimizer or method; each with the keys that say so."""
     yield (), run
-    if methods and run.adapt is None:
+    if methods:
         yield ("adapt=lora",), run.model_copy(update={"adapt": LoRA()})
         yield ("adapt=lora", "adapt.base=nf4"), run.model_copy(update={"adapt": LoRA(base="nf4")})
         return
@@ -260,7 +263,7 @@ def _quick(shape: _Shape, layout: Layout, run: Run, machine: Machine, *, recompu
 
 
 def _refined(ranked: list[Run], other: tuple[str, ...], machine: Machine, *, traces: Traces, steps: int | None,
-             keep: int) -> list[Candidate]:
+             keep: int, given: Run | None) -> list[Candidate]:
     """Return the best that fit by traces of their own kind; where none does, the one that lacks least."""
     made, seen = list[Candidate](), set[tuple[int, float]]()
     begun = traces.count
@@ -268,7 +271,9 @@ def _refined(ranked: list[Run], other: tuple[str, ...], machine: Machine, *, tra
         most = KINDS if any(each.fits for each in made) else 3 * KINDS
         if not traces.knows(run) and traces.count - begun >= most:
             continue
-        one = Candidate(run, _paste(run, other), other, estimate.held(run, traces), estimate.pace(run, machine, traces), steps,
+        if given is not None and _refused(run, given):
+            continue
+        one = Candidate(run, _paste(run, other, given), other, estimate.held(run, traces), estimate.pace(run, machine, traces), steps,
                         machine)
         if (one.held.peak, one.pace.step) not in seen:   # of two that are the same, the plainer stands first
             made.append(one)
@@ -279,9 +284,22 @@ def _refined(ranked: list[Run], other: tuple[str, ...], machine: Machine, *, tra
     return [one for one in made if one.fits][:keep] or made[:1]
 
 
-def _paste(run: Run, other: tuple[str, ...]) -> tuple[str, ...]:
+def _refused(run: Run, given: Run) -> bool:
+    """Return whether the recipe refuses this layout for a reason beyond its shape, such as samples in a pipeline."""
+    try:
+        config.validate(Run, config.dump(given) | {
+            "layout": config.dump(run.layout), "precision": run.precision, "recompute": run.recompute, "rows": run.step_rows,
+            "micro_rows": None, "tokens": None, "adapt": None if run.adapt is None else config.dump(run.adapt),
+            "optim": config.dump(run.optim)})
+    except ConfigError:
+        return True
+    return False
+
+
+def _paste(run: Run, other: tuple[str, ...], given: Run | None) -> tuple[str, ...]:
     """Return the changes to the recipe that make it this run."""
     layout = run.layout.model_dump(exclude_defaults=True)
+    other += tuple(f"{name}=null" for name in ("micro_rows", "tokens") if getattr(given, name, None) is not None)
     lines = [*other, f"rows={run.step_rows}", f"precision={run.precision}", f"recompute={run.recompute}"]
     for name in Layout.model_fields:
         if name in layout or name in ("dp", "tp", "pp", "cp", "micro", "shard"):
