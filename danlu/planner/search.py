@@ -273,8 +273,8 @@ def _refined(ranked: list[Run], other: tuple[str, ...], machine: Machine, *, tra
             continue
         if given is not None and _refused(run, given):
             continue
-        one = Candidate(run, _paste(run, other, given), other, estimate.held(run, traces), estimate.pace(run, machine, traces), steps,
-                        machine)
+        one = Candidate(run, _paste(run, other, given), other, estimate.held(run, traces), estimate.pace(run, machine, traces),
+                        steps, machine)
         if (one.held.peak, one.pace.step) not in seen:   # of two that are the same, the plainer stands first
             made.append(one)
         seen.add((one.held.peak, one.pace.step))
