@@ -29,13 +29,12 @@ def values(case: Case) -> dict[str, str]:
     """Return what the texts of rules may name."""
     tokens = case.tokens or 0.0
     ratio = tokens / case.size if case.size else 0.0
-    told = _("{tokens} tokens ÷ 20 = {size}").format(tokens=amounts.told(tokens), size=amounts.told(tokens / BEST)) if tokens else _(
-        "you give no tokens")
+    told = _("{tokens} tokens ÷ 20 = {size}").format(tokens=amounts.told(tokens), size=amounts.told(tokens / BEST))
     return {
         "model": case.model.name if case.model else "", "size": amounts.told(case.size), "count": f"{case.machine.count}",
         "device": case.machine.device.name, "state": amounts.size(case.state), "full": amounts.size(held(case.size, "full")),
         "method": {"lora": "LoRA", "qlora": "QLoRA"}.get(case.method, case.method), "tokens": amounts.told(tokens),
-        "ratio": f"{ratio:.3g}", "twenty": amounts.told(BEST * case.size), "share": told,
+        "ratio": f"{ratio:.3g}", "twenty": amounts.told(BEST * case.size), "share": told if tokens else _("you give no tokens"),
         "qlora": "2e-4" if case.size < 2e10 else "1e-4", "batch": amounts.told(2e8 / LOSS ** (1 / 0.21)),
     }
 
@@ -44,7 +43,8 @@ def advise(case: Case) -> list[Advice]:
     """Return what applies, one piece a topic, in the order of TOPICS."""
     known, made = values(case), dict[str, Advice]()
     for rule in rules():
-        if rule.topic not in made and rule.when(case):
+        asked = case.method != "none" or rule.topic in ("model", "method", "data")
+        if asked and rule.topic not in made and rule.when(case):
             made[rule.topic] = Advice(rule.topic, rule.say.format(**known), rule.why.format(**known), rule.source,
                                       tuple(line.format(**known) for line in rule.lines))
     return [made[topic] for topic in TOPICS if topic in made]

@@ -26,12 +26,14 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "instructions": ("answers", "causal_lm", "decoder"), "summarization": ("answers", "causal_lm", "decoder"),
     "domain": ("text", "causal_lm", "decoder"), "pretraining": ("text", "causal_lm", "decoder"),
 }
-OTHERS = {"classify": "classification", "sentiment": "classification", "ner": "tagging", "qa": "questions", "sft": "instructions",
+OTHERS = {"classify": "classification", "sentiment": "classification", "ner": "tagging", "qa": "questions",
+          "sft": "instructions",
           "similarity": "embedding", "retrieval": "embedding", "generation": "instructions", "continue": "domain",
           "pretrain": "pretraining", "分类": "classification", "情感": "classification", "命名实体识别": "tagging",
           "问答": "questions", "摘要": "summarization", "对话": "chat", "预训练": "pretraining"}
 ENCODERS = {"zh": "bert-base-chinese", "en": "bert-base"}
 DECODERS = ("qwen2.5-72b", "qwen2.5-32b", "qwen2.5-14b", "qwen2.5-7b", "qwen2.5-1.5b", "qwen2.5-0.5b")
+SLOW = 5                                                 # … on a CPU, where larger ones take weeks
 START = {"best": 0, "good": 3, "draft": 4}               # in DECODERS: where the choice begins
 
 
@@ -110,6 +112,9 @@ def case(*, name: str, rows: float | None, tokens: float | None, language: str, 
         raise ConfigError(_("{task} learns from plain text").format(task=name), where="--rows", fix=_("give --tokens"))
     length = LENGTHS[learns]
     made = Case(name, rows, tokens, language, machine, quality, latency, None, "scratch", size or 0.0, length)
+    if name == "pretraining" and size is None and tokens is None:
+        raise ConfigError(_("how much text there is decides how large a model it can fill"), where="--tokens",
+                          fix=_("give --tokens 1B, or --model-size 50M"))
     if name == "pretraining":
         return made._replace(size=size if size is not None else max(1e5, (tokens or 0) / 20))
     if kind == "encoder" and size is None:
@@ -117,14 +122,15 @@ def case(*, name: str, rows: float | None, tokens: float | None, language: str, 
         return made._replace(model=chosen, size=float(parameters(chosen.config)), method=method(made, parameters(chosen.config)))
     if size is not None:
         return made._replace(size=size, method=method(made, size))
-    for each in DECODERS[START[quality]:]:
+    for each in DECODERS[SLOW if machine.device.kind == "cpu" else START[quality]:]:
         chosen = public(each)
         count = float(parameters(chosen.config))
         how = method(made, count)
         if how != "none":
             return made._replace(model=chosen, size=count, method=how)
     raise ConfigError(_("no model of the table can be trained on {count} × {name}").format(
-        count=machine.count, name=machine.device.name), where="--hardware", fix=_("give a larger machine, or --task classification"))
+        count=machine.count, name=machine.device.name), where="--hardware",
+        fix=_("give a larger machine, or --task classification"))
 
 
 def method(one: Case, size: float) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 from danlu.errors import ConfigError
 from danlu.planner import advise, amounts
@@ -18,9 +19,9 @@ def main(*, task: str, rows: str | None, tokens: str | None, language: str | Non
     problems: list[str] = []
     machine = asked(problems, hardware=hardware, deadline=None, budget=None, price=price).machine
     name = first(problems, lambda: named(task), "classification")
-    counts = {option: first(problems, lambda option=option, text=text: None if text is None else amounts.number(text, where=option),
-                            None)
-              for option, text in (("--rows", rows), ("--tokens", tokens), ("--model-size", model_size))}
+    counts = {}
+    for option, text in (("--rows", rows), ("--tokens", tokens), ("--model-size", model_size)):
+        counts[option] = None if text is None else first(problems, partial(amounts.number, text, where=option), 0.0)
     wait = first(problems, lambda: None if latency is None else milliseconds(latency), None)
     tell(problems)
     found = case(name=name, rows=counts["--rows"], tokens=counts["--tokens"], language=(language or "en").lower()[:2],
@@ -41,5 +42,6 @@ def milliseconds(text: str) -> float:
     """Return the seconds that '20ms' or '0.5s' means.  Raises ConfigError for anything else."""
     found = re.fullmatch(r"([0-9.]+)\s*(ms|s)", text.strip().lower())
     if found is None or found[1].count(".") > 1 or not float(found[1] or 0) > 0:
-        raise ConfigError(_("{text!r} is no time of an answer").format(text=text), where="--latency", fix=_("write it as 20ms or 0.5s"))
+        raise ConfigError(_("{text!r} is no time of an answer").format(text=text), where="--latency",
+                          fix=_("write it as 20ms or 0.5s"))
     return float(found[1]) / (1000 if found[2] == "ms" else 1)
