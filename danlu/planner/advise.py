@@ -35,6 +35,7 @@ def values(case: Case) -> dict[str, str]:
         "device": case.machine.device.name, "state": amounts.size(case.state), "full": amounts.size(held(case.size, "full")),
         "method": {"lora": "LoRA", "qlora": "QLoRA"}.get(case.method, case.method), "tokens": amounts.told(tokens),
         "ratio": f"{ratio:.3g}", "twenty": amounts.told(BEST * case.size), "share": told if tokens else _("you give no tokens"),
+        "base": "nf4" if case.method == "qlora" else "null",
         "qlora": "2e-4" if case.size < 2e10 else "1e-4", "batch": amounts.told(2e8 / LOSS ** (1 / 0.21)),
     }
 

@@ -11,7 +11,7 @@ from danlu.planner.public import Public, flops, parameters, public
 from danlu.words import _
 
 Method = Literal["full", "lora", "qlora", "scratch", "none"]
-ROOM = 0.7                                               # share of the memory for weights and optimizer; activations take the rest
+ROOM = 0.7                                               # share of the memory for weights and optimizer; the rest: activations
 FULL = 16.0                                              # bytes a parameter: weights, gradients, two averages of AdamW, in fp32
 FROZEN = 4.0                                             # … that is not trained
 NF4 = 0.5 + 4 / 64                                       # … in 4 bits, with a scale in fp32 for 64 of them

@@ -60,6 +60,12 @@ class Large(NamedTuple):
         return self.machine.count * max(0, self.machine.device.memory - self.machine.base)
 
 
+def optimal(total: float) -> tuple[float, float]:
+    """Return the parameters and the tokens on which so many FLOPs are best spent (Hoffmann et al., 2022)."""
+    count = math.sqrt(total / (6 * PER_PARAMETER))
+    return count, PER_PARAMETER * count
+
+
 def states(shape: Any) -> int:
     """Return the bytes of weights, gradients and what AdamW keeps, all in fp32 as Danlu trains, without any copies."""
     sizes = {name: tuple(p.shape) for name, p in build(shape).named_parameters()}
@@ -126,10 +132,10 @@ def would_do(found: Large) -> Iterator[str]:
     if found.budget is not None and found.cost is not None and found.cost > found.budget:
         yield _("the budget pays for {tokens} tokens").format(tokens=amounts.told(found.tokens * found.budget / found.cost))
     if ratio < PER_PARAMETER / 2 or ratio > PER_PARAMETER * 2:
-        best = math.sqrt(found.flops / (6 * PER_PARAMETER))
+        best, seen = optimal(found.flops)
         yield _("{ratio:.3g} tokens a parameter; compute is best spent near {best:g} (Hoffmann et al., 2022, arXiv 2203.15556): "
                 "the same FLOPs train about {n} parameters on {tokens} tokens").format(
-            ratio=ratio, best=PER_PARAMETER, n=amounts.told(best), tokens=amounts.told(PER_PARAMETER * best))
+            ratio=ratio, best=PER_PARAMETER, n=amounts.told(best), tokens=amounts.told(seen))
     node = machine.device.node
     if machine.count > node and machine.count % node:
         yield _("{count} is no multiple of the {node} devices of a node; layouts that cut tensors use {usable}").format(

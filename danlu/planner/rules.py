@@ -89,7 +89,7 @@ def _models() -> tuple[Rule, ...]:
         Rule("model", lambda c: c.model is None, _("a decoder of {size} parameters that is trained already, as you ask"),
              _("a large model that was trained on text learns a task from few examples"), FEW),
         Rule("model", lambda c: True, _("a decoder that is trained already: {model}"),
-             _("the largest of its family that this machine can train; it was trained on Chinese and English alike"), QWEN),
+             _("of a size that this machine can train; its family was trained on Chinese and English alike"), QWEN),
     )
 
 
@@ -111,7 +111,7 @@ def _methods() -> tuple[Rule, ...]:
         Rule("method", lambda c: c.task == "domain",
              _("{method} on your text, since all parameters do not fit; expect less of it"),
              _("in continued pretraining, LoRA learns clearly less than all parameters do, and forgets less"), LESS,
-             ("adapt=lora", "adapt.rank=64")),
+             ("adapt=lora", "adapt.rank=64", "adapt.base={base}")),
         Rule("method", lambda c: c.method == "full" and c.kind == "encoder",
              _("all parameters: {state} of weights and optimizer"),
              _("one layer on top, and a few passes through the whole encoder, did best in eleven tasks"), BERT),
