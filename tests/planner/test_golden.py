@@ -83,7 +83,8 @@ GOLDEN = [
     Golden("… cut over 64 devices, ZeRO-3", "Rajbhandari et al. (2020), arXiv 1910.02054, figure 1", 1.9e9, 0.03,
            lambda: static("megatron-7.5b", Layout(dp=64, shard="full"))),
     Golden("bytes a parameter of training in mixed precision with Adam",
-           "Rajbhandari et al. (2020), arXiv 1910.02054, section 3.1", 16, 1e-3, lambda: states(public("llama-2-7b").config) / count("llama-2-7b")),
+           "Rajbhandari et al. (2020), arXiv 1910.02054, section 3.1", 16, 1e-3,
+           lambda: states(public("llama-2-7b").config) / count("llama-2-7b")),
 ]
 
 

@@ -25,7 +25,8 @@ def test_every_device_says_where_its_figures_come_from() -> None:
 
 @pytest.mark.parametrize(("text", "count", "name"), [
     ("8xH100", 8, "H100-80GB"), ("285xV100", 285, "V100-32GB"), ("4 × A100-40GB", 4, "A100-40GB"),
-    ("RTX 4090", 1, "RTX4090-24GB"), ("2*3090", 2, "RTX3090-24GB"), ("1,024xA100", 1024, "A100-80GB"), ("昇腾910B", 1, "Ascend910B-64GB"), ("laptop", 1, "laptop")])
+    ("RTX 4090", 1, "RTX4090-24GB"), ("2*3090", 2, "RTX3090-24GB"), ("1,024xA100", 1024, "A100-80GB"),
+    ("昇腾910B", 1, "Ascend910B-64GB"), ("laptop", 1, "laptop")])
 def test_machines_by_name(text: str, count: int, name: str) -> None:
     made = parse(text, price=2.5)
     assert (made.count, made.device.name, made.device.price) == (count, name, 2.5)

@@ -31,8 +31,8 @@ def recipe(**more: Any) -> Run:
 
 
 QUICK: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"recompute": "full"}), ({"dp": 16, "shard": "full"}, {"recompute": "full"}), ({"dp": 4, "shard": "full", "micro": 4}, {}),
-    ({"tp": 4, "sequence": True}, {})]
+    ({}, {"recompute": "full"}), ({"dp": 16, "shard": "full"}, {"recompute": "full"}),
+    ({"dp": 4, "shard": "full", "micro": 4}, {}), ({"tp": 4, "sequence": True}, {})]
 SLOW: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}), ({"micro": 4}, {"recompute": "full", "precision": "fp32"}), ({"dp": 4}, {}), ({"dp": 8, "shard": "grads"}, {}),
     ({"dp": 8, "shard": "hybrid", "group": 4}, {"recompute": "full"}),
