@@ -144,6 +144,8 @@ def check_recipe(verb: table.Verb, words: list[str], folder: Path) -> None:
         return
     if words[0] == "verify" and options["what"] != "layout":     # `danlu verify runs/x`
         return
+    if options.get("model") is not None:                 # `danlu plan --model gpt3-175b`
+        return
     assert recipe is not None
     prepares = words[0] == "prepare" or options.get("about") == "prepare"
     cls, page = (Prepare, "data.md") if prepares else (Run, "training.md")

@@ -11,8 +11,8 @@ FLOORS: dict[str, int] = {                               # the longest matching 
     "danlu.fault": 0, "danlu.layout": 0, "danlu.chance": 0, "danlu.tensorfile": 1, "danlu.data": 1, "danlu.nn": 1,
     "danlu.models": 2, "danlu.adapt": 2, "danlu.objectives": 2, "danlu.optim": 2, "danlu.schedule": 2, "danlu.generate": 2,
     "danlu.compress": 2, "danlu.decode": 2, "danlu.parallel": 2, "danlu.evaluate": 3, "danlu.train": 3, "danlu.report": 3,
-    "danlu.doctor": 3, "danlu.rehearse": 3, "danlu.migrate": 3, "danlu.tune": 3, "danlu.serve": 3, "danlu.export": 3,
-    "danlu.quickstart": 4, "danlu.verbs": 4, "danlu.cli": 4, "danlu.__main__": 4,
+    "danlu.doctor": 3, "danlu.rehearse": 3, "danlu.planner": 3, "danlu.migrate": 3, "danlu.tune": 3, "danlu.serve": 3,
+    "danlu.export": 3, "danlu.quickstart": 4, "danlu.verbs": 4, "danlu.cli": 4, "danlu.__main__": 4,
 }
 SIBLINGS = {                                             # arrows between rooms of one floor
     ("danlu.train", "danlu.evaluate"), ("danlu.generate", "danlu.models"), ("danlu.parallel", "danlu.models"),
@@ -23,7 +23,8 @@ SIBLINGS = {                                             # arrows between rooms 
     ("danlu.decode", "danlu.generate"), ("danlu.decode", "danlu.models"), ("danlu.decode", "danlu.adapt"),
     ("danlu.serve", "danlu.evaluate"), ("danlu.serve", "danlu.train"),
     ("danlu.cli", "danlu.verbs"), ("danlu.quickstart", "danlu.verbs"), ("danlu.export", "danlu.evaluate"),
-    ("danlu.export", "danlu.train"),
+    ("danlu.export", "danlu.train"), ("danlu.planner", "danlu.rehearse"), ("danlu.planner", "danlu.train"),
+    ("danlu.planner", "danlu.doctor"),
 }
 PATH = ["__main__", "cli", "verbs/train", "train/run", "train/loop", "train/feed", "data/stream", "objectives/lm",
         "train/step", "models/decoder", "nn/attention", "nn/mlp", "nn/head"]

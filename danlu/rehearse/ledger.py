@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 KINDS = {"all_reduce": "all-reduce", "allreduce": "all-reduce", "all_gather": "all-gather", "allgather": "all-gather",
          "reduce_scatter": "reduce-scatter", "broadcast": "broadcast", "all_to_all": "all-to-all", "alltoall": "all-to-all"}
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 QUIET = ("wait_tensor", "barrier")                       # they move nothing
 
 
@@ -84,9 +85,7 @@ class Ledger(TorchDispatchMode):
             self._collective(func, args)
         out = func(*args, **(kwargs or {}))
         mine = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and getattr(leaf, "fake_mode", None) is self.fake]
-        count = flop_registry.get(func.overloadpacket) if mine else None
-        if count is not None:
-            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+        self.flops += _flops(func.overloadpacket, args, kwargs or {}, out) if mine else 0
         for leaf in mine:
             if leaf.device.type != "meta":
                 self._hold(leaf.untyped_storage())
@@ -146,6 +145,16 @@ class Pause:
 
     def __exit__(self, *error: object) -> None:
         self.ledger.paused = False
+
+
+def _flops(name: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return the FLOPs of an operation.  PyTorch's table leaves out attention on a CPU: products with keys and values."""
+    if name in (_FLASH, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward):
+        query, key = args[:2] if name is _FLASH else args[1:3]
+        rows, heads, length, width = query.shape
+        return (2 if name is _FLASH else 5) * 2 * rows * heads * length * key.shape[2] * width     # back: scores again, 4 more
+    count = flop_registry.get(name)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
 def _group(arg: Any) -> str:

@@ -41,6 +41,29 @@ def rehearse_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", help=_("memory of one device, such as 80GB: does it fit?"))
 
 
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hardware", help=_("search for the best way to run on this: 8xH100, 285xV100, or here"))
+    parser.add_argument("--deadline", help=_("how long the run may take, such as 24h or 34d"))
+    parser.add_argument("--budget", help=_("what the run may cost, in the currency of --price"))
+    parser.add_argument("--price", help=_("what an hour of one device costs"))
+    parser.add_argument("--vocab", type=int, help=_("ids of the tokenizer, where the recipe leaves them to it"))
+    parser.add_argument("--model", help=_("in place of a recipe: a public model by name, such as gpt3-175b"))
+    parser.add_argument("--tokens", help=_("of --model: what it learns from, such as 300B"))
+    parser.add_argument("--rehearse", type=int, default=0, help=_("so many of the best plans are rehearsed in full, too"))
+
+
+def advise(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", required=True, help=_("what the model is for, such as classification"))
+    parser.add_argument("--rows", help=_("labelled rows, or answers to learn from"))
+    parser.add_argument("--tokens", help=_("tokens of plain text to learn from"))
+    parser.add_argument("--language", help=_("of the texts: zh, en, …"))
+    parser.add_argument("--hardware", default="here", help=_("what it is trained on: laptop, RTX4090, 8xH100, here"))
+    parser.add_argument("--model-size", "--model_size", help=_("parameters, such as 7B (default: advised)"))
+    parser.add_argument("--quality", choices=["best", "good", "draft"], default="good", help=_("what counts more than cost"))
+    parser.add_argument("--latency", help=_("longest time of an answer, such as 20ms"))
+    parser.add_argument("--price", help=_("what an hour of one device costs"))
+
+
 def quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help=_("folder for everything it makes"))
     parser.add_argument("--steps", type=int, help=_("training steps (default: what fits into the time)"))
