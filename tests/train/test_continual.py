@@ -10,6 +10,7 @@ import pytest
 import several
 import torch
 import torch.nn.functional as F
+from cli import danlu
 from safetensors.torch import load_file
 
 from danlu import config
@@ -249,7 +250,6 @@ def test_text_is_distilled_on_replayed_rows_alone(speech: Path, tmp_path: Path) 
     ({"start": None, "model": several.ENCODER}, "name it under `start`"),
     ({"continual": {"ewc": {}}}, "continual.ewc.data"),
     ({"continual": {"average": {"last": 3}}}, "every.keep=2"),
-    ({"continual": {"distil": {}}, "layout": {"pp": 2, "micro": 2}}, "layout.pp=1"),
     ({"continual": None, "epochs": 3.0}, "steps=1 and epochs=3.0 .* epochs=null"),
     ({"continual": None, "metric": "accuracy", "layout": {"pp": 2, "micro": 2}}, "metric=loss"),
 ])
@@ -259,3 +259,14 @@ def test_recipes_that_cannot_be_are_refused(change: dict[str, Any], said: str) -
                             "rows": 8, "length": 32, "continual": {}}
     with pytest.raises(ConfigError, match=said):
         config.validate(Run, {name: value for name, value in (base | change).items() if value is not None})
+
+
+@pytest.mark.slow
+def test_in_a_pipeline_the_last_stage_asks_the_start_model(world: Path, tmp_path: Path) -> None:
+    told = {}
+    for name, layout in {"one": (), "pp": ("layout.pp=2", "layout.micro=2")}.items():
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(config.to_yaml(going_on(world, tmp_path / name, continual={"distil": {}}, steps=4)), encoding="utf-8")
+        assert danlu("train", recipe, *layout).code == 0
+        told[name] = [line["train/distil/classify_loss"] for line in several.lines(tmp_path / name) if "train/loss" in line]
+    assert told["pp"] == pytest.approx(told["one"], rel=1e-3, abs=1e-7) and told["one"][-1] > 1e-6
