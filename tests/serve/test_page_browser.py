@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from danlu.serve import page as files
 from danlu.serve.keys import Sessions
 from tests.evaluate import small
-from tests.serve.at import At, serving
+from tests.serve.at import At, serving, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -56,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Iterator[At]:
     folder = small.decoder(tmp_path_factory.mktemp("decoder"), SAID)
-    with serving(folder, name=f"tiny-{0}", sessions=Sessions(), runs=runs) as at:
+    with serving(folder, sessions=Sessions(), runs=runs) as at:
         yield at
 
 
@@ -74,8 +75,6 @@ def judge(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Iterator[At]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    import os
-
     with api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         yield browser
@@ -184,7 +183,7 @@ def test_hostile_names_and_texts_do_nothing(opened: Any, writer: At) -> None:
     page.click("#tab-chat")
     page.fill("#say", HOSTILE)
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#stop').disabled && document.querySelectorAll('#turns li').length > 0")
+    until(lambda: page.evaluate("document.querySelector('#stop').disabled && document.querySelectorAll('#turns li').length > 0"))
     assert page.locator("#turns .user").inner_text() == HOSTILE
     assert page.locator("main img, main script").count() == 0 and page.evaluate("window.hurt") is None
 
@@ -198,8 +197,8 @@ def test_a_chat_streams_and_stops(opened: Any, writer: At) -> None:
         .observe(document.querySelector('#turns'), {childList: true, subtree: true, characterData: true}); }""")
     page.fill("#say", "the furnace")
     page.keyboard.press("Enter")
-    page.wait_for_function("window.lengths.size > 3")
-    page.wait_for_function("document.querySelector('#stop').disabled")
+    until(lambda: page.evaluate("window.lengths.size > 3"))
+    until(lambda: page.evaluate("document.querySelector('#stop').disabled"))
     page.click("#clear")
     assert page.locator("#turns li").count() == 0
 
