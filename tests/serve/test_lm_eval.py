@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from danlu.data.tokenizer import Tokenizer
 from tests.evaluate import small
 from tests.serve.at import serving
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+for needed in ("lm_eval", "tenacity", "datasets"):
+    pytest.importorskip(needed, reason="lm-eval[api] is not installed")
 pytestmark = pytest.mark.slow
 SAID = ["the furnace learns from text", "丹炉 keeps what it reads"] * 20
 TEXTS = ["the furnace learns", "from text it keeps what it reads", "丹炉 keeps the text", "what it learns it keeps"]
@@ -49,7 +51,7 @@ def scores(folder: Path, ids: list[int], first: int) -> float:
     """Log-likelihood of ids[first:] given those before, by the model itself and a log-softmax in double precision."""
     model = adapters.load(folder).eval()
     with torch.no_grad():
-        logits = model(torch.tensor([ids]))["lm"] if isinstance(model(torch.tensor([ids])), dict) else model(torch.tensor([ids]))
+        logits = model(torch.tensor([ids]))["logits"]
     chances = logits[0].double().log_softmax(-1)
     return sum(float(chances[place - 1, ids[place]]) for place in range(first, len(ids)))
 
@@ -77,7 +79,7 @@ def test_lm_eval_agrees(tmp_path: Path) -> None:
     right = 0
     for context, choices, answer in ROWS:
         start = tokenizer.encode(context).tolist()
-        each = [scores(folder, [*start, *tokenizer.encode(context + choice).tolist()[len(start):]], len(start)) for choice in choices]
+        each = [scores(folder, tokenizer.encode(context + choice).tolist(), len(start)) for choice in choices]
         right += max(range(len(each)), key=each.__getitem__) == answer
     assert found["furnace_choice"]["acc,none"] == pytest.approx(right / len(ROWS), abs=1e-12)     # a count
 
@@ -91,7 +93,5 @@ def test_lm_eval_agrees(tmp_path: Path) -> None:
 
 def offline(folder: Path) -> dict[str, str]:
     """The environment without network for the hub's libraries, and with caches of its own."""
-    import os
-
     return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
             "HF_HOME": str(folder / "cache"), "OPENAI_API_KEY": "none", "TOKENIZERS_PARALLELISM": "false"}

@@ -155,7 +155,8 @@ def test_two_runs_are_compared(opened: Any, writer: At) -> None:
     page.select_option("#compare-first", "one")
     page.select_option("#compare-second", "two")
     page.wait_for_selector("#compare-table :text('0.002')")
-    rows = {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in page.locator("#compare-table tr").all()[1:]}
+    rows = {row.locator("th").inner_text(): row.locator("td").all_inner_texts()
+            for row in page.locator("#compare-table tr").all()[1:]}
     assert rows["recipe.optim.lr"] == ["0.001", "0.002"]
     assert rows["results.eval/loss"] == ["2.5", "2.25"]
     assert "recipe.optim.kind" not in rows
