@@ -38,11 +38,12 @@ class Explained(NamedTuple):
     attention: np.ndarray                                # [L, T, T] mean over the heads: from each token to each other
 
 
-def explain(task: rows.Task, texts: tuple[str, ...], *, target: str | None = None, word: int | None = None) -> Explained:
+def explain(task: rows.Task, texts: tuple[str, ...], *, target: str | None = None, word: int | None = None,
+            attention: bool = True) -> Explained:
     """Return what the model says of a text, or of two, with integrated gradients (Sundararajan et al., 2017) and attention.
 
     target: the class that is asked about (default: the one it says); word: whose tag is asked about (default: the first that is
-    not O).  Of an answer both its ends are asked about.  Raises ConfigError or DataError for texts and targets that do not fit.
+    not O).  Of an answer both its ends are asked about.  attention: whether it is looked at, too.  Raises ConfigError or DataError for texts and targets that do not fit.
     """
     try:
         from captum.attr import LayerIntegratedGradients
@@ -69,7 +70,8 @@ def explain(task: rows.Task, texts: tuple[str, ...], *, target: str | None = Non
             break
     size = len(line.rows[0]["ids"])
     tokens = [task.subject.tokenizer.decode([int(i)]) for i in ids[0, :size]]
-    return Explained(told, name, tokens, found[0, :size].sum(-1).tolist(), float(gap), _attention(model, ids, dict(others), size))
+    seen = _attention(model, ids, dict(others), size) if attention else np.zeros((0, size, size), np.float32)
+    return Explained(told, name, tokens, found[0, :size].sum(-1).tolist(), float(gap), seen)
 
 
 def _line(task: rows.Task, texts: tuple[str, ...]) -> tuple[Content, Line]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,8 +25,9 @@ from starlette.types import Receive, Scope, Send
 
 from danlu.decode import Batcher
 from danlu.errors import ConfigError, DanluError, DataError, ResourceError, TemporaryError
+from danlu.evaluate.explain import explain
 from danlu.log import say
-from danlu.serve import openapi, page, score, write
+from danlu.serve import openapi, pages, score, write
 from danlu.serve.asked import Asked, Chat, Classes, Complete, Embeddings, Questions, Tags
 from danlu.serve.audit import Log
 from danlu.serve.door import Door
@@ -53,11 +55,13 @@ class Service:
 
     def model(self, name: str | None) -> Served:
         """Return the model of that name.  Raises Refused."""
-        if name is None:
+        if name is None and self.shelf.models:
             return self.shelf.first
-        if name not in self.shelf.models:
+        if not self.shelf.models:
+            raise Refused(404, _("no model is served here, only the page of runs"), code="model_not_found")
+        if name is None or name not in self.shelf.models:
             raise Refused(404, _("there is no model {name!r}; there are {names}").format(
-                name=name[:100], names=", ".join(self.shelf.models)), code="model_not_found", param="model")
+                name=str(name)[:100], names=", ".join(self.shelf.models)), code="model_not_found", param="model")
         return self.shelf.models[name]
 
 
@@ -228,8 +232,9 @@ def _allowed(path: str) -> str:
 
 
 def build(shelf: Shelf, *, limits: Limits, keys: Keys, hosts: frozenset[str], literal: bool = False, log: Log | None = None,
-          before: tuple[Filter, ...] = (), after: tuple[Filter, ...] = (), sessions: Sessions | None = None) -> Door:
-    """Return the whole server as one ASGI app.  sessions: of the page; None: there is no page."""
+          before: tuple[Filter, ...] = (), after: tuple[Filter, ...] = (), sessions: Sessions | None = None,
+          runs: Path | None = None) -> Door:
+    """Return the whole server as one ASGI app.  sessions: of the page; None: there is no page.  runs: the folder it shows."""
     meters = Meters()
     reads = ThreadPoolExecutor(2, thread_name_prefix="danlu-read")
     gather = Gather(most=limits.waiting, meters=meters)
@@ -252,7 +257,8 @@ def build(shelf: Shelf, *, limits: Limits, keys: Keys, hosts: frozenset[str], li
             log.close()
 
     routes = [Route(path, endpoint(service, kind, handler), methods=["POST"]) for path, (kind, handler) in PATHS.items()]
-    app = Starlette(routes=[*routes, *_plain(service, lambda: door.draining), *(_pages(sessions) if sessions else ())],
+    paged = pages.routes(sessions, runs, _explains(service)) if sessions else []
+    app = Starlette(routes=[*routes, *_plain(service, lambda: door.draining), *paged],
                     lifespan=life, exception_handlers={Refused: failed, HTTPException: failed, DanluError: failed,
                                                        Exception: failed})
     app.router.redirect_slashes = False
@@ -297,26 +303,28 @@ def _plain(service: Service, draining: Callable[[], bool]) -> list[Route]:
             Route("/metrics", metrics), Route("/openapi.json", described)]
 
 
-def _pages(sessions: Sessions) -> list[Route]:
-    """Return the page and its files; a one-time token becomes a session."""
+def _explains(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    """Return what tells a page how much each token of a text moves what the model says."""
 
-    async def index(request: Request) -> Response:
-        token = request.query_params.get("token")
-        if token is not None:
-            cookie = sessions.enter(token)
-            if cookie is None:
-                raise Refused(403, _("the address was used already; the server prints a new one when it begins"),
-                              code="no_session")
-            answer = Response(status_code=303, headers={"Location": "/"})
-            answer.set_cookie(Sessions.COOKIE, cookie, httponly=True, samesite="strict", path="/")
-            return answer
-        chosen = page.language(request.headers.get("accept-language", ""))
-        return Response(page.index(chosen), media_type="text/html", headers={"Vary": "Accept-Language"})
+    async def answer(request: Request) -> Response:
+        asked = understood(await request.body(), pages.Explain, request.headers.get("content-type", ""))
+        assert isinstance(asked, pages.Explain)
+        served = service.model(asked.model)
+        if served.writes:                                # its steps run in another thread, and gradients hook into its layers
+            raise Refused(400, _("a model that writes is not explained while it serves"), code="wrong_task", param="model")
+        task = score.task_of(served, "classify", asked.head)
+        async with asyncio.timeout(service.limits.request_seconds):
+            found = await while_there(request.receive, service.scorer.gather.alone(
+                lambda: explain(task, (asked.text,), target=asked.target, attention=False)))
+        return JSONResponse({"target": found.target, "tokens": found.tokens, "scores": found.scores, "gap": found.gap})
 
-    async def file(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in page.TYPES:
-            raise Refused(404, _("there is no such file"), code="not_found")
-        return Response(page.file(name), headers={"Content-Type": page.TYPES[name]})
+    async def bounded(request: Request) -> Response:
+        try:
+            return await answer(request)
+        except TimeoutError:
+            raise _late(service.limits.request_seconds) from None
+        except Gone:
+            service.meters.cancelled.inc()
+            return Response(status_code=499)
 
-    return [Route("/", index), Route("/page/{name}", file)]
+    return bounded

@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import parse_qs
 
 from danlu.files import canonical
 from danlu.serve.audit import Log
@@ -35,7 +34,9 @@ SWALLOWED, SWALLOW_SECONDS = 8 << 20, 2.0                # of a body that is too
 SWALLOWS = 4                                             # … for so many at a time: others are closed on, and cost nothing
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"x-frame-options", b"DENY"), (b"cross-origin-resource-policy", b"same-origin"),
-           (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"))
+           (b"content-security-policy",
+            b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
+            b"form-action 'self'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"))
 
 
 class Gone(Exception):
@@ -127,8 +128,8 @@ class Door:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         path, page = scope["path"], self.sessions is not None and self.sessions.knows(_cookie(headers, Sessions.COOKIE))
         if self.sessions is not None and (path == "/" or path.startswith("/page/")):
-            if page or (path == "/" and "token" in parse_qs(scope["query_string"].decode("latin-1"))):
-                return "page"                            # the page looks at the token itself
+            if page or path == "/":                      # / looks at the token itself, and asks for one
+                return "page" if page else "nobody"
             raise Refused(403, _("open the page with the address that the server printed when it began"), code="no_session")
         if not self.keys:
             return "page" if page else "local"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from danlu.errors import ResourceError
 from danlu.evaluate import rows
@@ -19,6 +19,7 @@ from danlu.serve.limits import busy
 from danlu.serve.meters import Meters
 from danlu.words import _
 
+Result = TypeVar("Result")
 TOGETHER = 64                                            # rows of a batch: those behind it wait no longer than for so many
 
 
@@ -34,12 +35,38 @@ class _Waiting:
         self.gone = False
 
 
+class _Job:
+    """Work that no batch may run beside."""
+
+    def __init__(self, work: Callable[[], Any], done: asyncio.Future[Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.work, self.done, self.loop, self.gone = work, done, loop, False
+
+    def run(self) -> None:
+        if self.gone:
+            return
+        try:
+            found, problem = self.work(), None
+        except Exception as error:                       # the thread outlives it
+            found, problem = None, error
+
+        def tell() -> None:
+            if self.done.done():
+                return
+            if problem is not None:
+                self.done.set_exception(problem)
+            else:
+                self.done.set_result(found)
+
+        self.loop.call_soon_threadsafe(tell)
+
+
 class Gather:
     """One thread that computes rows for all who ask."""
 
     def __init__(self, *, most: int, meters: Meters) -> None:
         self.most, self.meters = most, meters
         self.waiting: deque[_Waiting] = deque()
+        self.jobs: deque[_Job] = deque()
         self.count, self.closed = 0, False
         self.ready = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="danlu-rows", daemon=True)
@@ -64,6 +91,24 @@ class Gather:
         finally:
             one.gone = True
 
+    async def alone(self, work: Callable[[], Result]) -> Result:
+        """Return what `work` gives, done between two batches: nothing else goes through a task's model meanwhile.
+
+        Raises Refused if such work is waiting already.  If the caller is cancelled before it began, it never does.
+        """
+        loop = asyncio.get_running_loop()
+        job = _Job(work, loop.create_future(), loop)
+        with self.ready:
+            if self.closed or self.jobs:
+                raise busy(_("another text is being explained; come again later"))
+            self.jobs.append(job)
+            self.ready.notify()
+        try:
+            found: Result = await job.done
+            return found
+        finally:
+            job.gone = True
+
     def close(self) -> None:
         """End the thread after the batch that it computes."""
         with self.ready:
@@ -74,11 +119,13 @@ class Gather:
     def _run(self) -> None:
         while True:
             with self.ready:
-                while not self.waiting and not self.closed:
+                while not self.waiting and not self.jobs and not self.closed:
                     self.ready.wait()
                 if self.closed:
                     return
-                batch = self._next()
+                batch, job = self._next(), self.jobs.popleft() if self.jobs else None
+            if job is not None:
+                job.run()
             if batch:
                 self.meters.batch.observe(len(batch))
                 self._compute(batch)

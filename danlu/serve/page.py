@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 FILES = Path(__file__).parent / "page_files"
-TYPES = {"page.js": "text/javascript; charset=utf-8", "page.css": "text/css; charset=utf-8"}
+SCRIPTS = ("page.js", "ask.js", "words.js", "tabs.js", "runs.js", "curve.js", "compare.js", "tables.js", "chat.js", "classify.js")
+TYPES = {**dict.fromkeys(SCRIPTS, "text/javascript; charset=utf-8"), "page.css": "text/css; charset=utf-8",
+         "words.json": "application/json"}
 
 
 def language(accepted: str) -> str:
@@ -28,9 +30,20 @@ def language(accepted: str) -> str:
 @cache
 def index(chosen: str) -> bytes:
     """Return the page in a language."""
-    text = (FILES / "index.html").read_text(encoding="utf-8")
-    for name, said in words(chosen).items():
-        text = text.replace("{" + name + "}", said)
+    return _filled("index.html", chosen)
+
+
+@cache
+def door(chosen: str, wrong: bool) -> bytes:
+    """Return what asks for the token.  wrong: one was given, and it opens nothing."""
+    text = _filled("door.html", chosen).decode()
+    return text.replace("<!--why-->", words(chosen)["used" if wrong else "opened"]).encode()
+
+
+def _filled(name: str, chosen: str) -> bytes:
+    text = (FILES / name).read_text(encoding="utf-8")
+    for key, said in words(chosen).items():
+        text = text.replace("{" + key + "}", said)
     return text.encode()
 
 

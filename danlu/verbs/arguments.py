@@ -183,6 +183,8 @@ def serve(parser: argparse.ArgumentParser) -> None:
                                                                      "whether it was changed"))
     parser.add_argument("--check-audit", "--check_audit", type=Path, metavar="FILE",
                         help=_("do not serve, but tell whether such a log was changed"))
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help=_("folder of runs that the page shows (default: the one that "
+                                                                      "the run is in); without RUN there is only this page"))
     parser.add_argument("--no-page", "--no_page", action="store_true", help=_("without the page for a browser"))
     parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))

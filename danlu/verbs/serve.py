@@ -20,14 +20,18 @@ HERE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 def main(run: Path | None, *, adapter: list[str], host: str, port: int, key_file: Path | None, allow_host: list[str],
          name: str | None, filter: list[str], filter_test: Path | None, filter_where: str, audit: Path | None,
-         check_audit: Path | None, no_page: bool, length: int | None, precision: str, as_json: bool, **limits: Any) -> int:
+         check_audit: Path | None, no_page: bool, runs: Path | None, length: int | None, precision: str, as_json: bool,
+         **limits: Any) -> int:
     """Serve until a signal; or only try out filters, or check an audit log."""
     if check_audit is not None:
         return _check(check_audit, as_json)
     if filter_test is not None:
         return _try(filter, filter_test, as_json)
-    if run is None:
-        raise ConfigError(_("a run folder is needed"), where=_("command line"), fix="danlu serve RUN")
+    if runs is not None and not runs.is_dir():
+        raise ConfigError(_("there is no such folder"), where=f"--runs {runs}")
+    if run is None and (runs is None or no_page or host not in HERE):
+        raise ConfigError(_("a run folder is needed"), where=_("command line"),
+                          fix=_("danlu serve RUN, or danlu serve --runs FOLDER for the page alone"))
     require()
     bounds = config.validate(Limits, {key: value for key, value in limits.items() if value is not None})
     hosts = names(host, allow_host)
@@ -44,16 +48,26 @@ def main(run: Path | None, *, adapter: list[str], host: str, port: int, key_file
     sock = connection.bind(host, port)                   # before minutes of loading
     log = Log(audit) if audit is not None else None
     device = parallel.start(threads=None, device="auto")
-    shelf = served.open_shelf(run, by_name(adapter), device=device, name=name, length=length, precision=precision)
+    shelf = served.Shelf({}, None) if run is None else served.open_shelf(run, by_name(adapter), device=device, name=name,
+                                                                        length=length, precision=precision)
     found = tuple(opened(one, device) for one in filter)
     sessions = of_keys.Sessions() if not no_page and host in HERE else None
     door = app.build(shelf, limits=bounds, keys=keys, hosts=hosts, literal=host not in HERE, log=log, sessions=sessions,
+                     runs=runs or _beside(run),
                      before=found if filter_where != "answers" else (), after=found if filter_where != "prompts" else ())
     server = connection.Server(door, sock, limits=bounds, door=door, began=lambda: _began(server, host, shelf, sessions, as_json))
     number = server.run()
     if number is not None:
         raise Stopped(_("told to stop; what was under way was answered"), signal=number)
     return 0
+
+
+def _beside(run: Path | None) -> Path | None:
+    """Return the folder of runs that a run stands in, or None for what is no run."""
+    if run is None:
+        return None
+    home = run.resolve().parent if run.resolve().name.startswith("checkpoint-") else run.resolve()
+    return home.parent if (home / "run.json").is_file() else None
 
 
 def require() -> None:

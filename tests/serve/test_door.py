@@ -85,7 +85,7 @@ def test_pages_of_other_origins_are_not_answered(at: At, headers: dict[str, str]
 def test_no_answer_allows_other_origins(at: At) -> None:
     answer = httpx.get(f"{at.url}/v1/models")
     assert not [name for name in answer.headers if name.startswith("access-control")]
-    assert answer.headers["content-security-policy"].startswith("default-src 'self'")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "server" not in answer.headers
 
@@ -143,12 +143,12 @@ def test_the_page_opens_once_with_its_token(locked: At) -> None:
         page = browser.get("/", headers={"Accept-Language": "zh-CN,zh;q=0.9,en;q=0.5"})
         assert 'lang="zh-CN"' in page.text and "发送" in page.text and "{" not in page.text
         assert 'lang="en"' in browser.get("/", headers={"Accept-Language": "de, en;q=0.4"}).text
-        assert browser.get("/page/page.js").headers["content-type"].startswith("text/javascript")
-        assert browser.get("/page/..%2f..%2fkeys.py").status_code == 404
+        assert browser.get("/page/file/page.js").headers["content-type"].startswith("text/javascript")
+        assert browser.get("/page/file/..%2f..%2fkeys.py").status_code == 404
         assert browser.get("/v1/models").status_code == 200                      # the session stands for a key
         assert browser.get("/v1/models", headers={"Origin": "http://evil.example"}).status_code == 403
     assert httpx.get(f"{locked.url}/?token={token}").status_code == 403          # used up
-    assert httpx.get(f"{locked.url}/page/page.js").status_code == 403
+    assert httpx.get(f"{locked.url}/page/file/page.js").status_code == 403
 
 
 def test_a_key_asks_so_often_and_no_more(folder: Path) -> None:

@@ -1,130 +1,48 @@
-"use strict";
-const by = (id) => document.getElementById(id);
-const say = document.body.dataset;
-let models = [], turns = [], stopping = null;
+// The page begins here: language, tabs, what each tab shows when it is opened, and what grows while it is looked at.
+import { by, got, guarded, options, tell } from "./ask.js";
+import "./chat.js";
+import { know } from "./classify.js";
+import * as compare from "./compare.js";
+import * as runs from "./runs.js";
+import * as tables from "./tables.js";
+import * as tabs from "./tabs.js";
+import { learn, speak } from "./words.js";
 
-function tell(text) { by("told").textContent = text; }
+const EVERY = 1000;
+let current = "runs", busy = false;
 
-async function failure(answer) {
-  try { return (await answer.json()).error.message; } catch { return answer.status + " " + answer.statusText; }
-}
+const names = async () => (await runs.list()).map((run) => run.name);
+const shows = {
+  runs: runs.refresh,
+  compare: async () => compare.show(await names()),
+  audit: async () => tables.show("audit", await names()),
+  plan: async () => tables.show("plan", await names()),
+};
+const show = guarded(async () => { if (shows[current]) await shows[current](); });
 
-function choose() {
-  const model = models.find((one) => one.id === by("model").value);
-  const chats = model.offers.includes("chat.completions"), classes = model.offers.includes("classify");
-  by("chat").hidden = !chats;
-  by("task").hidden = !classes;
-  tell(chats || classes ? "" : say.nothing);
-  forget();
-}
-
-function forget() {
-  if (stopping) stopping.abort();
-  turns = [];
-  by("turns").replaceChildren();
-}
-
-function shown(role, text) {
-  const item = document.createElement("li");
-  item.className = role;
-  item.textContent = text;
-  by("turns").append(item);
-  item.scrollIntoView({ block: "nearest" });
-  return item;
-}
-
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    held += value;
-    const parts = held.split("\n\n");
-    held = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
+async function grow() {
+  if (current === "runs" && !document.hidden && !busy) {
+    busy = true;
+    await guarded(runs.refresh)();
+    busy = false;
   }
+  setTimeout(grow, EVERY);
 }
 
-async function converse(text) {
-  turns.push({ role: "user", content: text });
-  shown("user", text);
-  const item = shown("assistant", ""), mine = turns;
-  let whole = "";
-  stopping = new AbortController();
-  by("stop").disabled = false;
-  try {
-    const answer = await fetch("/v1/chat/completions", {
-      method: "POST", headers: { "Content-Type": "application/json" }, signal: stopping.signal,
-      body: JSON.stringify({ model: by("model").value, messages: turns, stream: true }),
-    });
-    if (!answer.ok) throw new Error(await failure(answer));
-    for await (const event of events(answer.body)) {
-      if (event.error) throw new Error(event.error.message);
-      const choice = event.choices[0];
-      if (choice && choice.delta.content) item.textContent = whole += choice.delta.content;
-      if (choice && choice.finish_reason === "length") tell(say.cut);
-      if (choice && choice.finish_reason === "content_filter") tell(say.filtered);
-      item.scrollIntoView({ block: "nearest" });
-    }
-  } catch (error) {
-    if (error.name !== "AbortError") tell(error.message || say.gone);
-  }
-  if (whole) mine.push({ role: "assistant", content: whole });
-  else { mine.pop(); item.remove(); }
-  by("stop").disabled = true;
-  stopping = null;
+async function begin() {
+  const language = await learn();
+  speak(language);
+  by("language").value = language;
+  by("language").addEventListener("change", () => { speak(by("language").value); show(); });
+  const models = (await got("/v1/models")).data;
+  know(models);
+  options(by("chat-model"), models.filter((one) => one.offers.includes("chat.completions")).map((one) => one.id));
+  options(by("classify-model"), models.filter((one) => one.offers.includes("classify")).map((one) => one.id));
+  tabs.follow((name) => { current = name; tell(""); show(); });
+  for (const id of ["compare-first", "compare-second", "compare-key", "audit-run", "plan-run"]) by(id).addEventListener("change", show);
+  by("run-key").addEventListener("change", runs.redraw);
+  tabs.open("runs", false);
+  grow();
 }
 
-async function judge(text) {
-  const model = models.find((one) => one.id === by("model").value);
-  const head = model.heads.find((one) => one.kind === "classify").name;
-  const answer = await fetch("/v1/classify", {
-    method: "POST", headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ model: model.id, head: head, input: text, top_k: 20 }),
-  });
-  if (!answer.ok) { tell(await failure(answer)); return; }
-  const found = (await answer.json()).data[0];
-  const rows = found.top || [{ label: String(found.score), probability: null }];
-  by("classes").replaceChildren(...rows.map((one) => {
-    const row = document.createElement("tr");
-    row.insertCell().textContent = one.label;
-    const cell = row.insertCell();
-    if (one.probability !== null) {
-      const meter = document.createElement("meter");
-      meter.value = one.probability;
-      meter.setAttribute("aria-label", one.label);
-      cell.append(meter);
-      row.insertCell().textContent = (100 * one.probability).toFixed(1) + " %";
-    }
-    return row;
-  }));
-}
-
-by("ask").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const text = by("say").value;
-  if (stopping || !text.trim()) return;
-  by("say").value = "";
-  tell("");
-  converse(text);
-});
-by("say").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); by("ask").requestSubmit(); }
-});
-document.addEventListener("keydown", (event) => { if (event.key === "Escape" && stopping) stopping.abort(); });
-by("stop").addEventListener("click", () => stopping && stopping.abort());
-by("clear").addEventListener("click", () => { forget(); tell(""); by("say").focus(); });
-by("judge").addEventListener("submit", (event) => { event.preventDefault(); tell(""); judge(by("text").value).catch(() => tell(say.gone)); });
-by("model").addEventListener("change", choose);
-
-fetch("/v1/models").then((answer) => answer.json()).then((told) => {
-  models = told.data;
-  by("model").replaceChildren(...models.map((one) => new Option(one.id, one.id)));
-  choose();
-  (by("chat").hidden ? by("text") : by("say")).focus();
-}).catch(() => tell(say.gone));
+guarded(begin)();
