@@ -1,4 +1,4 @@
-"""Clients of a server in a process of their own: `python -m bench.crowd ok|slow|greedy HOST:PORT N SECONDS FILE [SECONDS_BETWEEN]`.
+"""Clients of a server, in a process of their own: `python -m bench.crowd ok|slow|greedy HOST:PORT N SECONDS FILE PAUSE`.
 
 Sockets and no HTTP library, so that it is the server that is measured; 200 of them wait most of the time and cost little.
 ok: ask what FILE holds, over and over, and come again when told to.  slow: send headers a byte at a time.  greedy: send bodies of
@@ -15,9 +15,20 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 LARGE = 4 << 20
 PIECE = b"x" * (64 << 10)
+
+
+class Plan(NamedTuple):
+    """What a client does."""
+
+    host: str
+    port: int
+    request: bytes
+    until: float                                         # of time.perf_counter
+    pause: float                                         # seconds after an answer
 
 
 class Seen:
@@ -39,15 +50,15 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     return int(head[0].split()[1]), headers
 
 
-async def ok(host: str, port: int, request: bytes, until: float, pause: float, seen: Seen) -> None:
+async def ok(plan: Plan, seen: Seen) -> None:
     """Ask, wait, ask again, on one connection as long as it lasts."""
     streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-    while time.perf_counter() < until:
+    while time.perf_counter() < plan.until:
         began = time.perf_counter()
         try:
             if streams is None:
-                streams = await asyncio.open_connection(host, port)
-            streams[1].write(request)
+                streams = await asyncio.open_connection(plan.host, plan.port)
+            streams[1].write(plan.request)
             status, headers = await answer(streams[0])
         except (OSError, asyncio.IncompleteReadError):
             if streams is not None:                      # an idle connection that the server closed: not an answer that was lost
@@ -63,22 +74,22 @@ async def ok(host: str, port: int, request: bytes, until: float, pause: float, s
         if headers.get("connection", "").lower() == "close":
             streams[1].close()
             streams = None
-        wait = pause if status == 200 else float(headers.get("retry-after", 1))
-        await asyncio.sleep(min(wait * random.uniform(1.0, 1.2), max(0.0, until - time.perf_counter())))
+        wait = plan.pause if status == 200 else float(headers.get("retry-after", 1))
+        await asyncio.sleep(min(wait * random.uniform(1.0, 1.2), max(0.0, plan.until - time.perf_counter())))
     if streams is not None:
         streams[1].close()
 
 
-async def slow(host: str, port: int, request: bytes, until: float, pause: float, seen: Seen) -> None:
+async def slow(plan: Plan, seen: Seen) -> None:
     """Send headers a byte at a time."""
-    while time.perf_counter() < until:
+    while time.perf_counter() < plan.until:
         try:
-            _reader, writer = await asyncio.open_connection(host, port)
+            _reader, writer = await asyncio.open_connection(plan.host, plan.port)
             for byte in b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" * 10:
                 writer.write(bytes([byte]))
                 await writer.drain()
                 await asyncio.sleep(0.2)
-                if time.perf_counter() > until:
+                if time.perf_counter() > plan.until:
                     break
             writer.close()
         except OSError:
@@ -86,11 +97,11 @@ async def slow(host: str, port: int, request: bytes, until: float, pause: float,
             await asyncio.sleep(0.5)
 
 
-async def greedy(host: str, port: int, request: bytes, until: float, pause: float, seen: Seen) -> None:
+async def greedy(plan: Plan, seen: Seen) -> None:
     """Send a body that is too large, as fast as it is taken, and read what comes."""
-    while time.perf_counter() < until:
+    while time.perf_counter() < plan.until:
         with suppress(OSError, asyncio.IncompleteReadError):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(plan.host, plan.port)
 
             async def body(writer: asyncio.StreamWriter = writer) -> None:
                 with suppress(OSError):
@@ -109,32 +120,32 @@ async def greedy(host: str, port: int, request: bytes, until: float, pause: floa
             finally:
                 sending.cancel()
                 writer.close()
-        await asyncio.sleep(min(1.0, max(0.0, until - time.perf_counter())))
+        await asyncio.sleep(min(1.0, max(0.0, plan.until - time.perf_counter())))
 
 
 KINDS = {"ok": ok, "slow": slow, "greedy": greedy}
 
 
-async def crowd(kind: str, host: str, port: int, request: bytes, *, clients: int, seconds: float, pause: float) -> Seen:
-    """Return what so many clients saw; they come one by one within the first second."""
-    seen, until = Seen(), time.perf_counter() + seconds
+async def crowd(kind: str, plan: Plan, *, clients: int, over: float) -> Seen:
+    """Return what so many clients saw; they come one by one within `over` seconds."""
+    seen = Seen()
 
     async def one(number: int) -> None:
-        await asyncio.sleep(number / clients * min(1.0, seconds / 4))
-        await KINDS[kind](host, port, request, until, pause, seen)
+        await asyncio.sleep(number / clients * over)
+        await KINDS[kind](plan, seen)
 
     await asyncio.gather(*(one(number) for number in range(clients)))
     return seen
 
 
 def main() -> None:
-    kind, at, clients, seconds, file, *rest = sys.argv[1:]
+    kind, at, clients, seconds, file, pause = sys.argv[1:]
     host, _colon, port = at.partition(":")
     path, _blank, body = Path(file).read_bytes().partition(b"\n")            # "/v1/…", then the body
     request = (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                % (path, len(body))) + body
-    seen = asyncio.run(crowd(kind, host, int(port), request, clients=int(clients), seconds=float(seconds),
-                             pause=float(rest[0]) if rest else 0.0))
+    plan = Plan(host, int(port), request, time.perf_counter() + float(seconds), float(pause))
+    seen = asyncio.run(crowd(kind, plan, clients=int(clients), over=min(1.0, float(seconds) / 4)))
     print(json.dumps(seen.record()))
 
 

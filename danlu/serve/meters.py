@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
 from danlu.decode import Batcher
 
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
