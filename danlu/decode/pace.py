@@ -16,7 +16,7 @@ import numpy as np
 KEPT = 0.995                                            # what a step still counts after the next one
 KNOWN = 8                                               # steps before anything is foretold
 WILD = 4.0                                              # times of what was expected; more counts as no more
-SCALE = np.array([1.0, 0.25, 1 / 64])                   # until steps differ, most of their time is taken for that of the pass
+SCALE = np.array([1.0, 0.5, 1 / 64])                    # until steps differ, most of their time is taken for that of the pass
 
 
 class Work(NamedTuple):
@@ -43,12 +43,12 @@ class Pace:
         self.sums = KEPT * self.sums + x * seconds
         self.seen += 1
         ridge = 1e-3 * np.trace(self.products) / 3 * np.eye(3)
-        found: np.ndarray = np.linalg.solve(self.products + ridge, self.sums)
-        if (found < 0).any():                           # noise; time is no less for more work
-            some = found > 0
+        before = ridge @ self.fit if self.seen > KNOWN else 0.0          # what these steps do not tell stays as it was
+        found: np.ndarray = np.linalg.solve(self.products + ridge, self.sums + before)
+        some = found > 0
+        if not some.all():                              # noise; time is no less for more work
             found = np.zeros(3)
-            if some.any():
-                found[some] = np.maximum(np.linalg.solve((self.products + ridge)[np.ix_(some, some)], self.sums[some]), 0)
+            found[some] = np.maximum(np.linalg.solve((self.products + ridge)[np.ix_(some, some)], self.sums[some]), 0)
         self.fit = found
 
     @property

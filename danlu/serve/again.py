@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 LEAST, MOST = 1, 30                                      # seconds
 MEMORY = 10.0                                            # seconds after which what happened counts half
+TRIES = 2                                                # that all who are about make in that time, so that no place stays empty
 
 
 class Again:
     """Counts answers and refusals.  Whoever is refused comes again after what was told him, so that as many are outside as
-    were refused in that time; so many answers take so long.  Not for several threads.
+    were refused in that time; so many answers take so long.  A few seconds too early is better: then one of them finds the
+    place that the one before left.  Not for several threads.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,6 +39,6 @@ class Again:
         mean = self.told / self.refusals if self.refusals else LEAST
         self.refusals += 1
         outside = self.refusals * rate * mean
-        seconds = min(MOST, max(LEAST, math.ceil(outside / max(self.answers * rate, 1 / MOST))))
+        seconds = min(MOST, max(LEAST, math.ceil(outside / TRIES / max(self.answers * rate, 1 / MOST))))
         self.told += seconds
         return seconds

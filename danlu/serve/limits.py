@@ -26,7 +26,7 @@ class Limits(Model):
     waiting: int = Field(4096, ge=1, description="Rows of tasks that wait to be computed.")
     inputs: int = Field(256, ge=1, description="Texts of one request.")
     max_tokens: int = Field(1024, ge=1, description="New tokens of an answer.")
-    patience: float = Field(2.0, ge=1, description="Times of what an answer takes alone that it may take beside others, by "
+    patience: float = Field(1.5, ge=1, description="Times of what an answer takes alone that it may take beside others, by "
                             "estimate; who would wait longer is refused at once.")
     spared: float = Field(0.25, ge=0, description="Seconds of waiting that are too few to refuse anybody for.")
     rate: float | None = Field(None, gt=0, description="Requests of a key in a minute.")
