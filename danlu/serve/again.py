@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 LEAST, MOST = 1, 30                                      # seconds
+SLOWEST = 0.1                                            # answers a second, where none were seen yet
 MEMORY = 10.0                                            # seconds after which what happened counts half
 TRIES = 2                                                # that all who are about make in that time, so that no place stays empty
 
@@ -39,6 +40,6 @@ class Again:
         mean = self.told / self.refusals if self.refusals else LEAST
         self.refusals += 1
         outside = self.refusals * rate * mean
-        seconds = min(MOST, max(LEAST, math.ceil(outside / TRIES / max(self.answers * rate, 1 / MOST))))
+        seconds = min(MOST, max(LEAST, math.ceil(outside / TRIES / max(self.answers * rate, SLOWEST))))
         self.told += seconds
         return seconds
