@@ -125,9 +125,10 @@ async def while_there(receive: Receive, work: Awaitable[Any]) -> Any:
             return doing.result()
         raise Gone
     finally:
-        for one in (doing, leaving):
-            one.cancel()
-        await asyncio.gather(doing, leaving, return_exceptions=True)
+        leaving.cancel()
+        if not doing.done():
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:

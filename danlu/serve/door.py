@@ -144,11 +144,10 @@ class Door:
 
     async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
         limit, named = self.limits.body, dict(headers)
-        large = Refused(413, _("the body has more than {n} bytes").format(n=limit), code="body_too_large", close=True)
         if int(named.get(b"content-length", b"0")) > limit:
             if named.get(b"expect", b"").lower() != b"100-continue":
                 await self._swallow(receive)
-            raise large
+            raise _too_large(limit)
         held = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -157,7 +156,7 @@ class Door:
                     if len(held) > limit:
                         held.clear()
                         await self._swallow(receive)
-                        raise large
+                        raise _too_large(limit)
                     if not message.get("more_body", False):
                         return bytes(held)
         except TimeoutError:
@@ -210,6 +209,10 @@ class _Answer:
         await self({"type": "http.response.start", "status": refused.status,
                     "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()]})
         await self({"type": "http.response.body", "body": body})
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, _("the body has more than {n} bytes").format(n=limit), code="body_too_large", close=True)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
