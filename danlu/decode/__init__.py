@@ -6,8 +6,9 @@ begin with, `draft` and `beam` are other ways to the next token, `schema` forbid
 
 from __future__ import annotations
 
-from danlu.decode.batcher import Batcher, Full, Ticket
+from danlu.decode.batcher import Batcher, Full, Patience, Ticket
+from danlu.decode.pace import Pace, Work
 from danlu.decode.sampling import Logprob, Sampling
 from danlu.decode.spoken import Piece
 
-__all__ = ["Batcher", "Full", "Logprob", "Piece", "Sampling", "Ticket"]
+__all__ = ["Batcher", "Full", "Logprob", "Pace", "Patience", "Piece", "Sampling", "Ticket", "Work"]

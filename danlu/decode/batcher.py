@@ -7,6 +7,7 @@ the answer.  A ticket that nobody holds any more is cancelled.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from danlu.adapt.switch import Switch
 from danlu.data.tokenizer import Tokenizer
+from danlu.decode.pace import Pace, Work
 from danlu.decode.prefix import Prefixes
 from danlu.decode.rows import CHUNK, Row, Rows, check
 from danlu.decode.sampling import Sampling
@@ -27,8 +29,19 @@ from danlu.words import _
 PREFIX_BYTES = 256 * 2**20
 
 
+class Patience(NamedTuple):
+    """How much longer an answer may take than alone: so many times, or so many seconds more, whichever is longer."""
+
+    times: float
+    seconds: float
+
+    def lets(self, pace: Pace, alone: float, beside: float) -> bool:
+        """Return whether somebody who would take `alone` seconds waits for what takes `beside` seconds."""
+        return not pace.known or beside <= max(self.times * alone, alone + self.seconds)
+
+
 class Full(TemporaryError):
-    """As many requests wait as may; try again later."""
+    """As many requests wait as may, or one more would take too long; try again later."""
 
 
 class Counts(NamedTuple):
@@ -90,6 +103,11 @@ class Ticket:
         return len(self._row.new)
 
 
+def _work(row: Row) -> Work:
+    """Return what is left to do of a text."""
+    return Work(len(row.ids), max(0, row.how.max_new_tokens - len(row.new)), row.adapter)
+
+
 def _cancel(row: Row) -> None:
     row.cancelled = True        # no lock, because the garbage collector may come here while its thread holds it
 
@@ -119,6 +137,8 @@ class Batcher:
         self._waiting: deque[Row] = deque()
         self._closing = self._stopping = False
         self._running = 0                               # texts under way, as of the last look
+        self._under_way: list[Row] = []                 # … and which
+        self.pace = Pace()
         self._thread = threading.Thread(target=self._run, name="danlu-batcher", daemon=True)
         self._thread.start()
 
@@ -138,8 +158,12 @@ class Batcher:
         return self._grammar_made
 
     def submit(self, ids: Sequence[int], sampling: Sampling, *, adapter: str | None = None, echo: bool = False,
-               notify: Callable[[], None] | None = None) -> Ticket:
-        """Return the ticket of a new request.  Raises Full where too many wait, ConfigError for what cannot be done."""
+               notify: Callable[[], None] | None = None, patience: Patience | None = None) -> Ticket:
+        """Return the ticket of a new request.
+
+        patience: None waits however long.  Raises Full where too many wait, or for longer than `patience`; ConfigError for what
+        cannot be done.
+        """
         check(self._model(adapter), ids, sampling)
         told: SimpleQueue[Piece | Exception] = SimpleQueue()
 
@@ -154,9 +178,23 @@ class Batcher:
                 raise TemporaryError(_("the batcher is closing and takes no more requests"))
             if len(self._waiting) >= self.queue + max(0, self.slots - self._running):
                 raise Full(_("{n} requests are waiting already").format(n=len(self._waiting)), fix=_("try again later"))
+            if patience is not None and not self._soon(_work(row), patience):
+                raise Full(_("the answer would take much longer than it does alone"), fix=_("try again later"))
             self._waiting.append(row)
             self._wake.notify()
         return Ticket(row, told)
+
+    def soon(self, work: Work, patience: Patience) -> bool:
+        """Return whether a text of so much would be done in time if it were submitted now."""
+        with self._lock:
+            return self._soon(work, patience)
+
+    def _soon(self, work: Work, patience: Patience) -> bool:
+        running = [_work(row) for row in self._under_way if not row.done and not row.cancelled]
+        waiting = [_work(row) for row in self._waiting if not row.cancelled]
+        if not running and not waiting:
+            return True
+        return patience.lets(self.pace, self.pace.alone(work), self.pace.beside(work, running, waiting, self.slots))
 
     def counts(self) -> Counts:
         """Return what the batcher does now and has done."""
@@ -185,7 +223,10 @@ class Batcher:
             try:
                 for row in fresh:
                     self._rows.add(row)
-                self._rows.step()
+                began = time.perf_counter()
+                did = self._rows.step()
+                if did.passes:
+                    self.pace.saw(*did, time.perf_counter() - began)
             except Exception as error:                  # whatever it is: nobody may wait for ever
                 self._fail(error, fresh)
 
@@ -200,6 +241,7 @@ class Batcher:
                 self._waiting = deque(row for row in self._waiting if not row.cancelled)
                 fresh = [self._waiting.popleft() for _n in range(min(self.slots - self._running, len(self._waiting)))]
                 self._running += len(fresh)
+                self._under_way = [*self._rows.all(), *fresh]
                 if gone or self._running:
                     break
                 if self._closing:
@@ -216,6 +258,7 @@ class Batcher:
             self._waiting.clear()
             self._rows.reading.clear()
             self._rows.pools.clear()
+            self._under_way = []
             self._prefixes.clear()
         for row in lost.values():
             row.done = True

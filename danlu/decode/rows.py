@@ -10,7 +10,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ from danlu.nn.cache import Cache, Slots
 from danlu.words import _
 
 CHUNK = 256             # tokens of prompts that are read between two steps of the texts under way
+
+
+class Did(NamedTuple):
+    """What a step was made of."""
+
+    passes: int                                         # through the model
+    texts: int                                          # written on by a token
+    tokens: int                                         # of prompts
 
 
 class Row:
@@ -140,16 +148,19 @@ class Rows:
         return self.grammar()
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Read a chunk of prompts, then write one token of every text."""
+    def step(self) -> Did:
+        """Read a chunk of prompts, then write one token of every text; return what that was."""
         self._forget()
-        self._read()
+        passes, tokens = self._read()
+        texts = 0
         with self.precision():
             for adapter, pool in list(self.pools.items()):
                 if pool.rows:
+                    passes, texts = passes + 1, texts + len(pool.rows)
                     self._write(self.model(adapter), pool)
         self._forget()
         self.steps += 1
+        return Did(passes, texts, tokens)
 
     def _forget(self) -> None:
         for row in [row for row in self.all() if row.cancelled and not row.done]:
@@ -165,9 +176,12 @@ class Rows:
             if not pool.rows:
                 del self.pools[adapter]                 # and with it its memory
 
-    def _read(self) -> None:
-        """Read up to `chunk` tokens of prompts; the texts take turns, so that a long one holds up no short ones."""
-        left = self.chunk
+    def _read(self) -> tuple[int, int]:
+        """Read up to `chunk` tokens of prompts and return the number of passes and of tokens.
+
+        The texts take turns, so that a long one holds up no short ones.
+        """
+        left, passes, tokens = self.chunk, 0, 0
         while self.reading and left > 0:
             row = self.reading.popleft()
             model = self.model(row.adapter)
@@ -182,12 +196,14 @@ class Rows:
             if whole:
                 self._score(row, logits, stop)
             left, row.read = left - len(fresh), stop
+            passes, tokens = passes + 1, tokens + len(fresh)
             if stop < len(row.ids):
                 self.reading.append(row)
                 continue
             if self.prefixes is not None and row.cache is not None and not model.ahead.tokens:
                 self.prefixes.keep(row.cache, row.ids, row.adapter)
             self._answer(row, logits[-1].float())
+        return passes, tokens
 
     def _score(self, row: Row, logits: Tensor, stop: int) -> None:
         """Note how likely the prompt's tokens were by logits [T, V] of those from `row.read` to `stop`."""

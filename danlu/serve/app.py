@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from danlu.decode import Batcher
+from danlu.decode import Batcher, Patience
 from danlu.errors import ConfigError, DanluError, DataError, ResourceError, TemporaryError
 from danlu.evaluate.explain import explain
 from danlu.log import say
@@ -129,9 +129,10 @@ async def while_there(receive: Receive, work: Awaitable[Any]) -> Any:
             return doing.result()
         raise Gone
     finally:
-        for one in (doing, leaving):
-            one.cancel()
-        await asyncio.gather(doing, leaving, return_exceptions=True)
+        leaving.cancel()
+        if not doing.done():
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:
@@ -237,12 +238,13 @@ def build(shelf: Shelf, *, limits: Limits, keys: Keys, hosts: frozenset[str], li
     """Return the whole server as one ASGI app.  sessions: of the page; None: there is no page.  runs: the folder it shows."""
     meters = Meters()
     reads = ThreadPoolExecutor(2, thread_name_prefix="danlu-read")
-    gather = Gather(most=limits.waiting, meters=meters)
+    gather = Gather(most=limits.waiting, meters=meters, patience=Patience(limits.patience, limits.spared))
     writer, lead = None, shelf.writer
     if lead is not None:
         model: Any = shelf.switch.use(None) if shelf.switch is not None else lead.subject.model
         batcher = Batcher(model, lead.subject.tokenizer, slots=limits.slots, queue=limits.queue, adapters=shelf.switch,
                           ends=sorted({end for one in shelf.models.values() for end in one.ends}))
+        meters.watch(batcher)
         writer = write.Writer(batcher, limits, meters, reads, before, after)
     service = Service(shelf, limits, meters, score.Scorer(gather, limits, meters, reads, before), writer)
 

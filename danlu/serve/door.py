@@ -30,8 +30,8 @@ HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 OPEN = frozenset({"/health", "/ready"})                  # say nothing that is worth a key
 DRAINING = OPEN | {"/metrics"}                           # still answered while the server ends
-SWALLOWED, SWALLOW_SECONDS = 8 << 20, 2.0                # of a body that is too large, so that its sender reads the refusal, …
-SWALLOWS = 4                                             # … for so many at a time: others are closed on, and cost nothing
+SWALLOWED, SWALLOW_SECONDS = 8 << 20, 2.0                # of bodies that are too large, so that their senders read the refusal, …
+REFILL = 1 << 19                                         # … and bytes a second after that: others are closed on, and cost nothing
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"x-frame-options", b"DENY"), (b"cross-origin-resource-policy", b"same-origin"),
            (b"content-security-policy",
@@ -57,7 +57,7 @@ class Door:
         self.literal = literal                           # whether any address may stand in the Host header
         self.rate = Rate(limits.rate)
         self.under_way, self.draining = 0, False
-        self.swallows = 0
+        self.spare, self.spent = float(SWALLOWED), 0.0   # bytes that may be read and forgotten, as of a time
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -145,11 +145,10 @@ class Door:
 
     async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
         limit, named = self.limits.body, dict(headers)
-        large = Refused(413, _("the body has more than {n} bytes").format(n=limit), code="body_too_large", close=True)
         if int(named.get(b"content-length", b"0")) > limit:
             if named.get(b"expect", b"").lower() != b"100-continue":
                 await self._swallow(receive)
-            raise large
+            raise _too_large(limit)
         held = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -158,7 +157,7 @@ class Door:
                     if len(held) > limit:
                         held.clear()
                         await self._swallow(receive)
-                        raise large
+                        raise _too_large(limit)
                     if not message.get("more_body", False):
                         return bytes(held)
         except TimeoutError:
@@ -167,18 +166,18 @@ class Door:
         raise Gone
 
     async def _swallow(self, receive: Receive) -> None:
-        """Read and forget a body, up to a limit: a sender whose connection is closed while it writes never sees the answer."""
-        if self.swallows >= SWALLOWS:
-            return
-        left, self.swallows = SWALLOWED, self.swallows + 1
+        """Read and forget a body, up to a limit: a sender whose connection is closed while it writes may not see the answer."""
+        now = asyncio.get_running_loop().time()
+        self.spare, self.spent = min(float(SWALLOWED), self.spare + REFILL * (now - self.spent)), now
         try:
             async with asyncio.timeout(SWALLOW_SECONDS):
-                while left > 0 and (message := await receive())["type"] == "http.request" and message.get("more_body", False):
-                    left -= len(message.get("body", b""))
+                while self.spare > 0:
+                    message = await receive()
+                    self.spare -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
         except TimeoutError:
             return
-        finally:
-            self.swallows -= 1
 
     def _tell(self, scope: MutableMapping[str, Any], told: dict[str, Any], status: int | None, seconds: float) -> None:
         """Count the request, and write it into the audit log if it asked for anything."""
@@ -211,6 +210,10 @@ class _Answer:
         await self({"type": "http.response.start", "status": refused.status,
                     "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()]})
         await self({"type": "http.response.body", "body": body})
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, _("the body has more than {n} bytes").format(n=limit), code="body_too_large", close=True)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

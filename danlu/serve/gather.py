@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from danlu.decode import Pace, Patience
 from danlu.errors import ResourceError
 from danlu.evaluate import rows
 from danlu.evaluate.lines import Line
 from danlu.evaluate.tell import Said
+from danlu.serve.again import Again
 from danlu.serve.limits import busy
 from danlu.serve.meters import Meters
 from danlu.words import _
@@ -32,6 +35,7 @@ class _Waiting:
         self.left = deque(enumerate(lines))
         self.said: list[list[Said] | None] = [None] * len(lines)
         self.missing = len(lines)
+        self.tokens = _tokens(lines) / max(1, len(lines))            # of a line
         self.gone = False
 
 
@@ -60,11 +64,18 @@ class _Job:
         self.loop.call_soon_threadsafe(tell)
 
 
+def _tokens(lines: Iterable[Line]) -> int:
+    """Return the tokens of lines."""
+    return sum(len(row["ids"]) for line in lines for row in line.rows)
+
+
 class Gather:
     """One thread that computes rows for all who ask."""
 
-    def __init__(self, *, most: int, meters: Meters) -> None:
-        self.most, self.meters = most, meters
+    def __init__(self, *, most: int, meters: Meters, patience: Patience) -> None:
+        self.most, self.meters, self.patience = most, meters, patience
+        self.pace, self.again = Pace(), Again()
+        self.until = 0.0                                 # when the batch that is computed should be done
         self.waiting: deque[_Waiting] = deque()
         self.jobs: deque[_Job] = deque()
         self.count, self.closed = 0, False
@@ -73,7 +84,7 @@ class Gather:
         self.thread.start()
 
     async def said(self, task: rows.Task, lines: Sequence[Line]) -> list[list[Said]]:
-        """Return what the task's head gives for each row of each line.  Raises Refused if too many wait.
+        """Return what the task's head gives for each row of each line.  Raises Refused if too many wait, or it would take long.
 
         If the caller is cancelled, what is not yet computed never is.
         """
@@ -81,13 +92,17 @@ class Gather:
         one = _Waiting(task, lines, loop.create_future(), loop)
         with self.ready:
             if self.closed or self.count + len(lines) > self.most:
-                raise busy(_("{n} rows wait already; come again later").format(n=self.count))
+                raise busy(_("{n} rows wait already; come again later").format(n=self.count), retry=self.again.refused())
+            if not self._soon(one):
+                raise busy(_("the rows would take much longer than they do alone; come again later"), retry=self.again.refused())
             self.waiting.append(one)
             self.count += len(lines)
             self.meters.waiting.set(self.count)
             self.ready.notify()
         try:
-            return await one.done
+            found = await one.done
+            self.again.answered()
+            return found
         finally:
             one.gone = True
 
@@ -109,6 +124,18 @@ class Gather:
         finally:
             job.gone = True
 
+    def _soon(self, new: _Waiting) -> bool:
+        """Return whether a request is done in time: after the batch under way, and with its share of those who wait."""
+        mine, own = len(new.left), new.tokens * len(new.left)
+        others = [(min(len(one.left), mine), one.tokens) for one in self.waiting if not one.gone]
+        left = self.until - time.perf_counter()
+        if not others and left <= 0:
+            return True
+        rows = mine + sum(count for count, _each in others)
+        tokens = own + sum(count * each for count, each in others)
+        alone = self.pace.of(-(-mine // TOGETHER), mine, own)
+        return self.patience.lets(self.pace, alone, max(0.0, left) + self.pace.of(-(-rows // TOGETHER), rows, tokens))
+
     def close(self) -> None:
         """End the thread after the batch that it computes."""
         with self.ready:
@@ -128,7 +155,12 @@ class Gather:
                 job.run()
             if batch:
                 self.meters.batch.observe(len(batch))
+                lines, began = [line for _one, _number, line in batch], time.perf_counter()
+                tokens = _tokens(lines)
+                self.until = began + self.pace.of(1, len(lines), tokens)
                 self._compute(batch)
+                self.pace.saw(1, len(lines), tokens, time.perf_counter() - began)
+                self.until = 0.0
 
     def _next(self) -> list[tuple[_Waiting, int, Line]]:
         """Take a line of each request in turn, of those that ask for the same as the first."""

@@ -26,6 +26,9 @@ class Limits(Model):
     waiting: int = Field(4096, ge=1, description="Rows of tasks that wait to be computed.")
     inputs: int = Field(256, ge=1, description="Texts of one request.")
     max_tokens: int = Field(1024, ge=1, description="New tokens of an answer.")
+    patience: float = Field(1.5, ge=1, description="Times of what an answer takes alone that it may take beside others, by "
+                            "estimate; who would wait longer is refused at once.")
+    spared: float = Field(0.25, ge=0, description="Seconds of waiting that are too few to refuse anybody for.")
     rate: float | None = Field(None, gt=0, description="Requests of a key in a minute.")
 
 
@@ -52,6 +55,6 @@ class Refused(Exception):
         return told | ({"Connection": "close"} if self.close else {})
 
 
-def busy(message: str) -> Refused:
-    """Return the answer to what there is no room for now."""
-    return Refused(503, message, kind="server_error", code="overloaded", retry=1)
+def busy(message: str, *, retry: int = 1) -> Refused:
+    """Return the answer to what there is no room for now, or for `retry` seconds."""
+    return Refused(503, message, kind="server_error", code="overloaded", retry=retry)

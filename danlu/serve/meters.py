@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from danlu.decode import Batcher
+
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -26,6 +28,13 @@ class Meters:
         self.cancelled = Counter("danlu_cancelled", "Requests whose client went away", registry=r)
         self.refused = Counter("danlu_refused", "Requests refused, by reason", ["reason"], registry=r)
         self.filtered = Counter("danlu_filtered", "Texts that a filter stopped", ["where", "filter"], registry=r)
+
+    def watch(self, batcher: Batcher) -> None:
+        """Show what a batcher does whenever somebody looks."""
+        running = Gauge("danlu_texts_running", "Texts that are continued", registry=self.registry)
+        waiting = Gauge("danlu_texts_waiting", "Texts that wait to be continued", registry=self.registry)
+        running.set_function(lambda: batcher.counts().running)
+        waiting.set_function(lambda: batcher.counts().waiting)
 
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""

@@ -8,14 +8,15 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from danlu.data import chat
 from danlu.data.example import Turn, Unusable
-from danlu.decode import Batcher, Full, Piece, Sampling, Ticket
+from danlu.decode import Batcher, Full, Patience, Piece, Sampling, Ticket, Work
 from danlu.errors import ConfigError, DataError
 from danlu.serve import filter as filters
+from danlu.serve.again import Again
 from danlu.serve.asked import Chat, Complete, Writing
 from danlu.serve.limits import Limits, Refused, busy
 from danlu.serve.logprobs import of_chat, of_completion
@@ -24,6 +25,7 @@ from danlu.serve.served import Served
 from danlu.words import _
 
 Told = dict[str, Any]
+PER_TURN = 32                                            # tokens that a template puts around a turn, generously
 AGAIN = 0.05                                             # seconds until a further prompt of one request is tried again
 
 
@@ -37,6 +39,16 @@ class Writer:
     reads: Executor
     before: Sequence[filters.Filter] = ()
     after: Sequence[filters.Filter] = ()
+    again: Again = field(default_factory=Again)
+
+    @property
+    def patience(self) -> Patience:
+        """How long anybody waits."""
+        return Patience(self.limits.patience, self.limits.spared)
+
+    def full(self) -> Refused:
+        """Return the answer to what there is no room for."""
+        return busy(_("too many texts wait to be continued; come again later"), retry=self.again.refused())
 
 
 class Prompt(NamedTuple):
@@ -57,14 +69,17 @@ class Bit(NamedTuple):
 
 
 async def prepared(writer: Writer, served: Served, asked: Writing, read: Callable[[], tuple[list[int], str]], *, most: int | None,
-                   logprobs: int | None, echo: bool = False) -> Prompt:
+                   logprobs: int | None, size: int, echo: bool = False) -> Prompt:
     """Return the prompt that `read` makes, as ids and as the text that filters see.  Raises Refused.
 
-    most: new tokens that are asked for; None: as many as there is room for, up to the limit.
+    most: new tokens that are asked for; None: as many as there is room for, up to the limit.  size: tokens that the prompt has
+    at most; 0: it does not matter when it is answered.
     """
     if logprobs is not None and writer.after:
         raise Refused(400, _("logprobs are not given while a filter reads the answers"), param="logprobs")
     loop = asyncio.get_running_loop()
+    if most is not None and size and not writer.batcher.soon(Work(size, most, served.adapter), writer.patience):
+        raise writer.full()                              # before it costs anything: a shorter prompt would be less patient yet
     try:
         ids, text = await loop.run_in_executor(writer.reads, read)
     except (Unusable, DataError) as error:
@@ -104,8 +119,11 @@ class Submitted(NamedTuple):
     news: asyncio.Event
 
 
-def submitted(writer: Writer, prompt: Prompt) -> Submitted:
-    """Return the ticket of a prompt.  Raises Refused if there is no room now, or for what cannot be done."""
+def submitted(writer: Writer, prompt: Prompt, *, first: bool = True) -> Submitted:
+    """Return the ticket of a prompt.  Raises Refused if there is no room now, or for what cannot be done.
+
+    first: of its request; the others wait however long, once the request was let in.
+    """
     loop, news = asyncio.get_running_loop(), asyncio.Event()
 
     def notify() -> None:
@@ -114,9 +132,9 @@ def submitted(writer: Writer, prompt: Prompt) -> Submitted:
 
     try:
         return Submitted(writer.batcher.submit(prompt.ids, prompt.sampling, adapter=prompt.served.adapter, echo=prompt.echo,
-                                               notify=notify), news)
+                                               notify=notify, patience=writer.patience if first else None), news)
     except Full:
-        raise busy(_("too many texts wait to be continued; come again later")) from None
+        raise writer.full() if first else busy("") from None
     except ConfigError as error:
         raise Refused(400, error.what) from None
 
@@ -189,6 +207,7 @@ async def whole(writer: Writer, one: Submitted) -> Answer:
 def usage(writer: Writer, told: Told, read: int, written: int) -> Told:
     """Return OpenAI's count of tokens; the log and the meters get it, too."""
     told |= {"prompt_tokens": read, "completion_tokens": written}
+    writer.again.answered()
     writer.meters.tokens.labels("prompt").inc(read)
     writer.meters.tokens.labels("completion").inc(written)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
@@ -209,7 +228,8 @@ async def converse(writer: Writer, served: Served, asked: Chat, told: Told) -> T
 
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     most = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-    prompt = await prepared(writer, served, asked, read, most=most, logprobs=logprobs)
+    size = sum(len(turn.content.encode()) for turn in turns) + PER_TURN * len(turns)
+    prompt = await prepared(writer, served, asked, read, most=most, logprobs=logprobs, size=size)
     one = submitted(writer, prompt)
     if asked.stream:
         return _chat_stream(writer, prompt, one, asked, told)
@@ -256,8 +276,10 @@ async def complete(writer: Writer, served: Served, asked: Complete, told: Told) 
     if asked.stream and len(prompts) > 1:
         raise Refused(400, _("one prompt is streamed at a time"), param="stream")
     most = 16 if asked.max_tokens is None else asked.max_tokens
+    sizes = [len(prompts[0].encode()) + 1 if isinstance(prompts[0], str) else len(prompts[0]), *[0] * (len(prompts) - 1)]
     ready = [await prepared(writer, served, asked, lambda one=one: _read(served, one), most=most,        # type: ignore[misc]
-                            logprobs=asked.logprobs, echo=bool(asked.echo)) for one in prompts]
+                            logprobs=asked.logprobs, echo=bool(asked.echo), size=size)
+             for one, size in zip(prompts, sizes, strict=True)]
     if asked.stream:
         return _text_stream(writer, ready[0], submitted(writer, ready[0]), asked, told)
     answers = await _all(writer, ready)
@@ -296,7 +318,7 @@ async def _all(writer: Writer, prompts: Sequence[Prompt]) -> list[Answer]:
         async with gate:
             while number not in tickets:
                 try:
-                    tickets[number] = submitted(writer, prompts[number])
+                    tickets[number] = submitted(writer, prompts[number], first=False)
                 except Refused as refused:
                     if refused.status != 503:
                         raise

@@ -190,6 +190,9 @@ def serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help=_("arithmetic of the forward pass"))
     parser.add_argument("--slots", type=int, help=_("texts that are continued at a time (default: 8)"))
     parser.add_argument("--queue", type=int, help=_("texts that wait to be continued (default: 64)"))
+    parser.add_argument("--patience", type=float, help=_("times of what an answer takes alone, by estimate, that it may take; "
+                        "others are refused at once (default: 1.5)"))
+    parser.add_argument("--spared", type=float, help=_("seconds of waiting that nobody is refused for (default: 0.25)"))
     parser.add_argument("--max-tokens", "--max_tokens", type=int, help=_("most new tokens of an answer (default: 1024)"))
     parser.add_argument("--inputs", type=int, help=_("most texts of a request (default: 256)"))
     parser.add_argument("--body", type=int, help=_("most bytes of a request (default: 1 MiB)"))
