@@ -140,6 +140,12 @@ def placed_as(run: Run, world: World) -> Placed:
                  adapt=run.adapt, rows=run.part_rows, device="meta")
 
 
+def materialise(run: Run, model: Placed) -> None:
+    """Give a process's part of the model memory, inside a fake mode."""
+    for root in model.roots:
+        root.to_empty(device="cpu")
+
+
 def spread(model: Placed) -> list[Spread]:
     """Return the parameters of a placed model."""
     made = []
@@ -234,8 +240,7 @@ def trace(run: Run, rank: int, known: Sequence[Traced] = ()) -> Traced:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         ledger = Ledger(fake, *groups(world))
         with stand_ins(run), fake, following(ledger):
-            for root in model.roots:
-                root.to_empty(device="cpu")
+            materialise(run, model)
             engine = Engine(model.use(choice).train(), run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
             ddp = layout.dp * layout.cp > 1 and not model.sharded and layout.local is None
             weights = ledger.mark()
