@@ -11,7 +11,7 @@ FLOORS: dict[str, int] = {                               # the longest matching 
     "danlu.fault": 0, "danlu.layout": 0, "danlu.chance": 0, "danlu.tensorfile": 1, "danlu.data": 1, "danlu.nn": 1,
     "danlu.models": 2, "danlu.adapt": 2, "danlu.objectives": 2, "danlu.optim": 2, "danlu.schedule": 2, "danlu.generate": 2,
     "danlu.compress": 2, "danlu.decode": 2, "danlu.parallel": 2, "danlu.evaluate": 3, "danlu.train": 3, "danlu.report": 3,
-    "danlu.doctor": 3, "danlu.rehearse": 3, "danlu.migrate": 3, "danlu.tune": 3, "danlu.serve": 3, "danlu.export": 3,
+    "danlu.doctor": 3, "danlu.rehearse": 3, "danlu.planner": 3, "danlu.migrate": 3, "danlu.tune": 3, "danlu.serve": 3, "danlu.export": 3,
     "danlu.quickstart": 4, "danlu.verbs": 4, "danlu.cli": 4, "danlu.__main__": 4,
 }
 SIBLINGS = {                                             # arrows between rooms of one floor
@@ -19,7 +19,8 @@ SIBLINGS = {                                             # arrows between rooms 
     ("danlu.parallel", "danlu.objectives"), ("danlu.parallel", "danlu.adapt"), ("danlu.adapt", "danlu.models"),
     ("danlu.evaluate", "danlu.train"), ("danlu.train", "danlu.report"), ("danlu.__main__", "danlu.cli"),
     ("danlu.compress", "danlu.models"), ("danlu.compress", "danlu.adapt"),
-    ("danlu.rehearse", "danlu.train"), ("danlu.migrate", "danlu.train"), ("danlu.tune", "danlu.train"),
+    ("danlu.rehearse", "danlu.train"), ("danlu.planner", "danlu.rehearse"), ("danlu.planner", "danlu.train"),
+    ("danlu.planner", "danlu.doctor"), ("danlu.migrate", "danlu.train"), ("danlu.tune", "danlu.train"),
     ("danlu.decode", "danlu.generate"), ("danlu.decode", "danlu.models"), ("danlu.decode", "danlu.adapt"),
     ("danlu.serve", "danlu.evaluate"), ("danlu.serve", "danlu.train"),
     ("danlu.cli", "danlu.verbs"), ("danlu.quickstart", "danlu.verbs"), ("danlu.export", "danlu.evaluate"),

@@ -84,7 +84,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.fake, self.axes, self.sizes = fake, axes, sizes
         self.held: dict[int, int] = {}
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.moved = 0
         self.paused = False
         self.traffic = Traffic()
         self.log: list[Event] | None = None
@@ -92,6 +92,7 @@ class Ledger(TorchDispatchMode):
     def phase(self, name: str) -> None:
         """Write down that a phase begins."""
         if self.log is not None:
+            gc.collect()                                 # as a run does
             self.log.append(Event(phase=name))
 
     def maps(self, size: int) -> None:
@@ -113,6 +114,8 @@ class Ledger(TorchDispatchMode):
         count = flop_registry.get(func.overloadpacket) if mine else None
         if count is not None:
             self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+        elif mine and not func.is_view:                  # it takes as long as its numbers take to come and go
+            self.moved += _bytes(args) + _bytes(out)
         for leaf in mine:
             if leaf.device.type != "meta":
                 self._hold(leaf.untyped_storage())

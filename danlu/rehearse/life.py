@@ -6,7 +6,7 @@ Pipelines are left out: their order of work is PyTorch's, and `rehearse` plays i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,17 @@ from danlu.train.step import Engine
 BROADCAST = 250 * 2**20                                  # bytes that DDP sends at a time when it begins
 
 
+class Life(NamedTuple):
+    """What a process does with memory, and the work of one of its steps."""
+
+    events: list[Event]
+    flops: int                                           # of matrix products, in a step
+    moved: int                                           # bytes that all other operations of a step read and write
+
+
 def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None, *, resumes: bool = False,
-         copies: bool = True) -> list[Event]:
-    """Return what process 0 takes and frees, phase by phase: load, (resume,) evaluate, step, save, evaluate, results.
+         copies: bool = True) -> Life:
+    """Return what process 0 takes and frees, phase by phase: load, (resume,) evaluate, step, save, evaluate, save.
 
     run: settled.  batch: the rows of a step of one process, real tensors of the right shapes; held_out: those of a batch
     that is only measured.  resumes: it goes on from a checkpoint.  copies: a checkpoint is written on the way.
@@ -51,13 +59,12 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
             one.steps(given)
             if copies:
                 ledger.phase("save")
-                spare = one.snapshot(own=True)
+                one.spare = one.snapshot(own=True)
                 one.steps(given, number=1)
-                one.snapshots = [spare]
             one.evaluate(told)
             ledger.phase("save")
             one.snapshot(own=False)
-        return ledger.log
+        return Life(ledger.log, *one.work)
 
 
 def accelerated(run: Run) -> bool:
@@ -71,7 +78,8 @@ class _Process:
     def __init__(self, run: Run, model: Placed, ledger: Ledger) -> None:
         self.run, self.model, self.ledger = run, model, ledger
         self.choice = paths.rule("cuda" if accelerated(run) else "cpu", DTYPES[run.precision], run.length, causal=run.network.causal)
-        self.snapshots: list[Any] = []
+        self.work = 0, 0
+        self.spare: Any = None                           # the copies of the last save that training did not wait for
 
     def load(self, batch: dict[str, Tensor], twin: Placed, *, resumes: bool) -> None:
         """Make the model, its weights, the engine and the optimizer; save, reload and compare, or resume."""
@@ -146,8 +154,10 @@ class _Process:
         """Take some steps; those after the first have the optimizer's state from the start."""
         self.ledger.phase("step")
         for step in range(number):
+            self.ledger.flops = self.ledger.moved = 0
             self.engine.forward_backward(batch, step=step)
             self.engine.update(self.optimizer, 1e-3, allow=lambda norm: True)
+            self.work = self.ledger.flops, self.ledger.moved
 
     def snapshot(self, *, own: bool) -> Any:
         """Copy the state as a save does."""

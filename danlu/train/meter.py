@@ -6,6 +6,7 @@ PyTorch's allocator counts.  Elsewhere the peak of one phase is the largest so f
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
@@ -65,6 +66,7 @@ class Meter:
         if before in ("data", "step"):
             self.steps.append(taken) if before == "data" or not self.steps else self.steps.__setitem__(-1, self.steps[-1] + taken)
         if phase != before and not {phase, before} <= STEADY:
+            gc.collect()                                 # what only a cycle keeps would stay for an unknown time
             parallel.give_back()
         if phase != before:
             self.peaks[before] = max(self.peaks.get(before, 0), peak())

@@ -41,6 +41,18 @@ def rehearse_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", help=_("memory of one device, such as 80GB: does it fit?"))
 
 
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hardware", default="here", help=_("where it would run: here, 8xH100, A100-40GB … (default: here)"))
+    parser.add_argument("--memory", help=_("memory of one device, such as 80GB, in place of the hardware's"))
+    parser.add_argument("--price", type=float, help=_("of one device for an hour, in your currency"))
+    parser.add_argument("--vocab", type=int, help=_("ids of the tokenizer; then the data is not read"))
+    parser.add_argument("--probe", action="store_true", help=_("make a few real steps, for the time of one"))
+
+
+def calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help=_("file for the measurements (default: machine.json in the user's cache)"))
+
+
 def quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help=_("folder for everything it makes"))
     parser.add_argument("--steps", type=int, help=_("training steps (default: what fits into the time)"))
