@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,17 @@ def _keep_memory() -> None:
         return
     for switch, size in ((-3, 1 << 30), (-1, 1 << 31), (-2, 64 << 20)):   # mmap threshold, trim threshold, top pad
         mallopt(ctypes.c_int(switch), ctypes.c_int(min(size, (1 << 31) - 1)))
+
+
+def give_back() -> None:
+    """Give what glibc keeps of freed blocks back to the system.
+
+    Called where one kind of work ends and another begins, so that none holds what only the one before it needed: the pages of
+    an evaluation's blocks would stay with the process through all steps that follow.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):       # another libc (musl) gives back by itself
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def fastest(device: torch.device) -> Precision:

@@ -85,14 +85,18 @@ def settled(run: Run, vocab: int | None) -> Run:
         if model.kind == "foreign":
             raise ConfigError(_("{family} is a model of transformers, whose inside is not rehearsed").format(family=model.family),
                               where=str(run.start), fix=_("let it train a few steps: steps=3"))
-        if model.kind == "encoder":
-            model = model.with_heads(run.objective.heads)
+        tasks = run.objective.tasks()
+        plain = [name for name in run.objective.heads if name not in {task.name for task in tasks}]
+        model = model.with_tasks(tasks, outputs=plain) if tasks else model.with_heads(plain) if model.kind == "encoder" else model
     else:
         size = vocab if vocab is not None else run.network.vocab
         if size is None:
             raise ConfigError(_("the vocabulary is the tokenizer's, which is not asked here"), where="model.vocab",
                               fix=_("give --vocab N, or set model.vocab=N"))
-        model = run.network.model_copy(update={"vocab": size}).filled(vocab=size, heads=run.objective.heads)
+        tasks = run.objective.tasks()
+        model = run.network.model_copy(update={"vocab": size})
+        model = (model.with_tasks(tasks, outputs=[n for n in run.objective.heads if n not in {t.name for t in tasks}])
+                 if tasks else model).filled(vocab=size, heads=run.objective.heads)
     precision = run.precision
     if precision == "auto":
         precision = parallel.fastest(torch.device("cpu")) if run.device == "cpu" else "bf16"
@@ -164,7 +168,7 @@ def _static(one: Traced, kept: dict[str, list[Slot]], place: dict[str, int]) -> 
     own = gradients = optimizer = 0
     for parameter in one.parameters:
         shape = parameter.at(place)
-        size = _product(shape) * parameter.size
+        size = int(_product(shape) * parameter.size)
         own += size
         if parameter.name in one.trained:
             gradients += size

@@ -64,28 +64,59 @@ class Traffic:
                 for kind, size in self.bytes.most_common() if self.counts[kind]]
 
 
+class Event(NamedTuple):
+    """A storage that begins (`size` > 0) or ends (0); a phase that begins, if it has a name; bytes of a file that is mapped."""
+
+    key: int = 0
+    size: int = 0
+    phase: str = ""
+    mapped: int | None = None
+
+
 class Ledger(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end.  Use it inside `fake`."""
+    """Follows every storage from the operation that makes it to its end.  Use it inside `fake`.
+
+    log: where every beginning and end is written down, in order, if it is asked for; then a number that a computation asks
+    for is 1, so that it runs to its end.
+    """
 
     def __init__(self, fake: FakeTensorMode | None, axes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
         """fake: whose tensors count, real ones without it; axes, sizes: of each process group, by its name."""
         super().__init__()
         self.fake, self.axes, self.sizes = fake, axes, sizes
         self.held: dict[int, int] = {}
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.moved = 0
         self.paused = False
         self.traffic = Traffic()
+        self.log: list[Event] | None = None
+
+    def phase(self, name: str) -> None:
+        """Write down that a phase begins."""
+        if self.log is not None:
+            gc.collect()                                 # as a run does
+            self.log.append(Event(phase=name))
+
+    def maps(self, size: int) -> None:
+        """Write down that files of so many bytes are mapped and looked at now."""
+        if self.log is not None:
+            self.log.append(Event(mapped=size))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented                        # it comes again with the local parts
         if self.paused:
             return func(*args, **(kwargs or {}))
+        if self.log is not None and func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype.is_floating_point and 1.0 or True
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args)
         out = func(*args, **(kwargs or {}))
         mine = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and getattr(leaf, "fake_mode", None) is self.fake]
-        self.flops += _flops(func.overloadpacket, args, kwargs or {}, out) if mine else 0
+        if mine:
+            products = _flops(func.overloadpacket, args, kwargs or {}, out)
+            self.flops += products
+            if not products and not func.is_view:        # it takes as long as its numbers take to come and go
+                self.moved += _bytes(args) + _bytes(out)
         for leaf in mine:
             if leaf.device.type != "meta":
                 self._hold(leaf.untyped_storage())
@@ -100,11 +131,15 @@ class Ledger(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.live -= self.held.pop(key)
+        if self.log is not None:
+            self.log.append(Event(key))
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Take note of a storage's new size: FSDP empties its buffers without letting go of them."""
         key = storage._cdata
         if key in self.held:
+            if self.log is not None:
+                self.log += [Event(key)] * bool(self.held[key]) + [Event(key, storage.nbytes())] * bool(storage.nbytes())
             self.live += storage.nbytes() - self.held[key]
             self.held[key] = storage.nbytes()
             self.peak = max(self.peak, self.live)

@@ -33,6 +33,9 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from danlu.adapt import quantize
+from danlu.adapt.lora import LoRA
+from danlu.errors import ConfigError
 from danlu.layout import Layout
 from danlu.nn import attention, head, paths, placed
 from danlu.nn.collective import numbered
@@ -48,6 +51,7 @@ from danlu.rehearse.order import Action, alone, orders
 from danlu.train import adapted
 from danlu.train.recipe import Run
 from danlu.train.step import Engine
+from danlu.words import _
 
 CPU = torch.device("cpu")
 BUCKETS = [2**20, 25 * 2**20]                            # bytes of DDP's first bucket, and of the others
@@ -58,7 +62,7 @@ class Spread(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    size: int                                            # bytes of an element
+    size: float                                          # bytes of an element; of a packed one, a part of one
     axes: tuple[str, ...]                                # of the mesh that it is cut over
     sizes: tuple[int, ...]
     placements: tuple[Any, ...]
@@ -141,9 +145,52 @@ def placed_as(run: Run, world: World) -> Placed:
                  adapt=run.adapt, rows=run.part_rows, device="meta", table=adapted.table_of(run))
 
 
-def spread(model: Placed) -> list[Spread]:
-    """Return the parameters of a placed model."""
+def materialise(run: Run, model: Placed) -> None:
+    """Give a process's part of the model memory, inside a fake mode; pack its base where the recipe says so."""
+    if isinstance(run.adapt, LoRA) and run.adapt.base is not None:
+        for part in model.parts:
+            for module in packable(part):
+                weight = torch.empty(module.weight.shape)
+                for _temporary in range(3 if run.adapt.base == "nf4" else 1):
+                    weight = weight.abs()
+                module.register_parameter("weight", None)
+                if type(module) is torch.nn.Linear:
+                    module.__class__ = quantize.PackedLinear
+                module.__dict__["packed"] = packed(weight, run.adapt.base)
+    for root in model.roots:
+        root.to_empty(device="cpu")
+
+
+BLOCK, NESTED = 64, 256                                  # weights that share a scale; scales that share one
+
+
+def packed(weight: Tensor, kind: quantize.Bits) -> quantize.Packed:
+    """Return a matrix as bitsandbytes packs it, of the same sizes and without its numbers."""
+    size = weight.numel()
+    if kind == "int8":
+        return quantize.Packed(kind, torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight)), weight.shape)
+    scales = torch.empty(-(-size // BLOCK), dtype=torch.uint8), torch.empty(-(-size // BLOCK // NESTED))
+    return quantize.Packed(kind, torch.empty(-(-size // 2), dtype=torch.uint8), scales, weight.shape)
+
+
+def unpacked(self: quantize.Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stand in for Packed.dense: the matrix, and what it takes to make it."""
+    if self.kind == "nf4":
+        torch.empty(-(-self.shape.numel() // BLOCK))
+    return torch.empty(self.shape).to(dtype)
+
+
+def packable(part: Any) -> list[torch.nn.Linear]:
+    """Return the linear layers of a model's blocks that a base in few bits packs."""
+    return [module for _number, block in numbered(part.blocks) for module in block.modules()
+            if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad]
+
+
+def spread(model: Placed, base: quantize.Bits | None = None) -> list[Spread]:
+    """Return the parameters of a placed model, which is not packed yet.  base: how its base will be packed."""
     made = []
+    few = {id(module.weight) for part in model.parts for module in packable(part)} if base is not None else set()
+    width = {"nf4": 0.5 + (1 + 4 / NESTED) / BLOCK, "int8": 1.0, None: 0.0}[base]
     for name, parameter in model.named_parameters():
         tensor: Tensor = parameter
         axes: tuple[str, ...] = ()
@@ -152,7 +199,7 @@ def spread(model: Placed) -> list[Spread]:
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
             axes, sizes, placements = tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), tuple(tensor.placements)
-        made.append(Spread(name, tuple(tensor.shape), tensor.element_size(), axes, sizes, placements))
+        made.append(Spread(name, tuple(tensor.shape), width if id(parameter) in few else tensor.element_size(), axes, sizes, placements))
     return made
 
 
@@ -178,8 +225,25 @@ def columns(run: Run) -> dict[str, Tensor]:
     for term in run.objective.terms:
         if term in ("nsp", "sop"):
             batch |= {term: torch.zeros(rows, dtype=torch.int64), f"{term}_weights": torch.ones(rows)}
+    tasks = run.objective.tasks()
+    if tasks:
+        batch |= _of_tasks(run, rows)
+        return {name: column for name, column in batch.items() if name not in ("labels", "weights", "segments")}
     asked = {*run.objective.inputs, "weights"}
     return {name: column for name, column in batch.items() if name in asked or name.startswith(("nsp", "sop"))}
+
+
+def _of_tasks(run: Run, rows: int) -> dict[str, Tensor]:
+    """Return the columns of a task: what is true of each row.  ConfigError for tasks whose rows only data tells."""
+    kind = run.objective.kind
+    if kind not in ("classify", "regress"):
+        raise ConfigError(_("rows of {kind} are read from data, which is not asked here").format(kind=kind), where="objective",
+                          fix=_("danlu plan reads the data of the recipe; leave --vocab out"))
+    several = getattr(run.objective, "several", False)
+    shape = (rows, len(run.objective.labels)) if several else (rows,)       # type: ignore[union-attr]
+    label = torch.zeros(shape, dtype=torch.float32 if several or kind == "regress" else torch.int64)
+    name = "label" if kind == "classify" else "score"
+    return {name: label, f"{name}_weights": torch.ones(shape), "ends": torch.zeros(rows, dtype=torch.int64)}
 
 
 def share(objective: Objective) -> float:
@@ -204,6 +268,7 @@ def stand_ins(run: Run) -> Iterator[None]:
         stack.enter_context(changed(placed, "extent", reckoned))
         stack.enter_context(changed(head, "learned", learned))
         stack.enter_context(changed(head, "_ratio", lambda up, hint: 1.0))
+        stack.enter_context(changed(quantize.Packed, "dense", unpacked))
         if accelerator:
             stack.enter_context(changed(head, "CHUNK_BYTES", {}))
             stack.enter_context(changed(head, "SLAB_BYTES", 2**62))
@@ -218,7 +283,7 @@ def trace(run: Run, rank: int, known: Sequence[Traced] = ()) -> Traced:
     layout, cfg = run.layout, run.network
     with process(layout, rank) as world:
         model = placed_as(run, world)
-        parameters = spread(model)
+        parameters = spread(model, run.adapt.base if isinstance(run.adapt, LoRA) else None)
         looks = _looks(run, model, parameters)
         twin = next((one for one in known if one.looks == looks), None)
         if twin is not None:
@@ -235,8 +300,7 @@ def trace(run: Run, rank: int, known: Sequence[Traced] = ()) -> Traced:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         ledger = Ledger(fake, *groups(world))
         with stand_ins(run), fake, following(ledger):
-            for root in model.roots:
-                root.to_empty(device="cpu")
+            materialise(run, model)
             engine = Engine(model.use(choice).train(), run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
             ddp = layout.dp * layout.cp > 1 and not model.sharded and layout.local is None
             weights = ledger.mark()

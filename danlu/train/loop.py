@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,6 +23,7 @@ from danlu.schedule import Schedule
 from danlu.train import guard as guards
 from danlu.train.feed import Fed
 from danlu.train.guard import Guard
+from danlu.train.meter import Phase, peak
 from danlu.train.outer import Outer
 from danlu.train.room import fit_in
 from danlu.train.signals import Asked
@@ -85,6 +84,7 @@ class Hooks:
     sample: Callable[[], None]
     after_update: Callable[[], None]                     # averaged weights
     beat: Callable[[int, str], None]                     # (step, what it does now) for the watchdog
+    enter: Callable[[Phase], None]                       # … and for what is measured of the run itself
 
 
 def _warm(plan: Plan) -> int:
@@ -114,16 +114,6 @@ class _Clock:
     @property
     def speed(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
-
-
-def memory() -> int:
-    """Return the bytes in use: the peak on CUDA, the resident peak of the process elsewhere."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":                           # ru_maxrss would begin with what the parent process had
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass
@@ -156,9 +146,12 @@ class Loop:
             self.evaluate()
         while progress.step < plan.total:
             self.hooks.beat(progress.step, "data")
+            self.hooks.enter("data")
             batch, position = next(feed)
             self.hooks.beat(progress.step, "step")
+            self.hooks.enter("step")
             losses, loss, lr, norm = self.step(batch, recorded)
+            self.hooks.enter("other")
             progress.step, progress.position = progress.step + 1, position
             if self.outer is not None and self.outer.due(progress.step, plan.total, self.engine.stopping):
                 self.outer.meet(self.optimizer)
@@ -261,7 +254,7 @@ class Loop:
         """Return what a line of metrics says, under the field's names."""
         values: dict[str, float | int | str] = {
             "train/loss": loss, "grad_norm": norm, "learning_rate": lr, "tokens_per_second": round(clock.speed, 1),
-            "memory/max_alloc": memory(), "tokens": self.progress.tokens, "spike_score": self.guard.score(loss),
+            "memory/max_alloc": peak(), "tokens": self.progress.tokens, "spike_score": self.guard.score(loss),
         }
         if len(losses) > 1:
             values |= {f"train/{name}_loss": float(value)
@@ -290,7 +283,7 @@ class Loop:
             _("loss {loss:.4f}").format(loss=loss), "" if val is None else _("val {val:.4f}").format(val=val),
             "" if goal is None or plan.metric == "eval/loss" else f"{plan.metric.removeprefix('eval/')} {goal:.4f}",
             f"lr {lr:.2e}", _("grad {norm:.2f}").format(norm=norm), f"{count(clock.speed)} tok/s",
-            f"{memory() / 1e6:.0f} MB", _("ETA {time}").format(time=duration((plan.total - progress.step) * clock.seconds)),
+            f"{peak() / 1e6:.0f} MB", _("ETA {time}").format(time=duration((plan.total - progress.step) * clock.seconds)),
             _("saved {age} ago").format(age=saved) if saved else "",
         ]
         return " · ".join(part for part in parts if part)

@@ -101,5 +101,9 @@ def begin(run: Run, *, data_records: list[dict[str, Any]], tokenizer: str, param
 
 def finish(out: Path, metrics: dict[str, Any]) -> None:
     """Add the result to run.json."""
-    record = files.read_json(out / "run.json")
-    files.write_json(out / "run.json", {**record, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "metrics": metrics})
+    add(out, {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "metrics": metrics})
+
+
+def add(out: Path, more: dict[str, Any]) -> None:
+    """Add keys to run.json."""
+    files.write_json(out / "run.json", {**files.read_json(out / "run.json"), **more})

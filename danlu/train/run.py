@@ -27,7 +27,8 @@ from danlu.objectives.tasks import Tasks, single, singles, terms_of
 from danlu.parallel import World
 from danlu.train import checkpoint, forgotten, receipt
 from danlu.train.feed import Steps, batches, stream, watched
-from danlu.train.loop import Hooks, Loop
+from danlu.train.loop import Hooks, Loop, Progress
+from danlu.train.meter import Meter
 from danlu.train.outer import Outer
 from danlu.train.recipe import Run
 from danlu.train.saver import Saver, check_reload
@@ -41,6 +42,7 @@ AT_ONCE = 8192                                           # tokens of a batch tha
 
 def train(run: Run) -> Path:
     """Train as `run` says, or go on where an interrupted run of the same folder stopped; return the last checkpoint."""
+    meter = Meter()
     files.check_writable(run.out)
     if not run.resume and checkpoint.listing(run.out):
         raise ConfigError(_("the folder holds checkpoints, and resume is false: old and new ones would mix"), where=str(run.out),
@@ -61,10 +63,12 @@ def train(run: Run) -> Path:
     def look(old: Old) -> Loss:
         return averaged(work, lambda: measured(run, work, data, [old.shards], task=old.task))      # type: ignore[no-any-return]
 
-    forgotten.before(run, work, data, look)
+    with meter.during("evaluate"):
+        forgotten.before(run, work, data, look)
     metrics = Metrics(run.out, trackers=run.trackers, writes=world.main)
     if found is not None:
-        resume(run, work, found, data)
+        with meter.during("resume"):
+            resume(run, work, found, data)
     recorded = metrics.rewind(work.progress.step, micro=work.progress.micro)
     begin(run, work, data, choice)
     if found is None and run.guard.reload:
@@ -76,12 +80,14 @@ def train(run: Run) -> Path:
         feed = batches(steps, workers=run.workers)
         saver = Saver(run, work, data, choice, last=found)
         try:
-            loop = Loop(work.engine, work.optimizer, work.plan, hooks(run, work, data, saver, watchdog), work.guard,
+            loop = Loop(work.engine, work.optimizer, work.plan, hooks(run, work, data, saver, watchdog, meter), work.guard,
                         work.progress, metrics, run.out,
                         outer=Outer(run.layout.local, work.engine.leaves, world) if run.layout.local is not None else None)
             loop.fit(feed, recorded=recorded if receipt.same_machine(found, run) else {}, asked=asked)
             watchdog.beat(work.progress.step, "save")
-            last = saver.finish(work.progress)
+            with meter.during("save"):
+                last = saver.finish(work.progress)
+            meter.enter("evaluate")
             told = forgotten.after(run, work, data, look)
         finally:
             saver.writer.wait()
@@ -90,7 +96,11 @@ def train(run: Run) -> Path:
     if world.main:
         receipt.finish(run.out, {**work.progress.evaluation, **({"forgetting": told} if told else {}), **sparsity,
                                  "steps": work.progress.step, "tokens": work.progress.tokens})
-    leave_results(run, work)
+    with meter.during("results"):
+        leave_results(run, work)
+    measured = meter.record(world)
+    if world.main:
+        receipt.add(run.out, {"measured": measured})
     if run.report and world.main:
         say(_("report: {file}").format(file=report.write(run.out)))
     parallel.leave()
@@ -181,7 +191,7 @@ def _given(steps: Steps, work: Work, alive: Callable[[], None]) -> Iterator[Batc
         yield work.engine.to_device(batch)
 
 
-def hooks(run: Run, work: Work, data: Data, saver: Saver, watchdog: Watchdog) -> Hooks:
+def hooks(run: Run, work: Work, data: Data, saver: Saver, watchdog: Watchdog, meter: Meter) -> Hooks:
     """Return what the loop calls out for."""
     started, size = work.progress.step, 0
 
@@ -198,8 +208,15 @@ def hooks(run: Run, work: Work, data: Data, saver: Saver, watchdog: Watchdog) ->
         if step > started:                               # the limit before the first step, which may compile, is another
             watchdog.beat(step, phase)
 
-    return Hooks(measure=lambda: averaged(work, lambda: held_out(run, work, data, lambda: beat(work.progress.step, "evaluate"))),
-                 save=saver.save, saved=saver.age, poll=saver.poll, beat=beat,
+    def measure() -> Loss | None:
+        with meter.during("evaluate"):
+            return averaged(work, lambda: held_out(run, work, data, lambda: beat(work.progress.step, "evaluate")))   # type: ignore[no-any-return]
+
+    def save(progress: Progress, wait: bool) -> None:
+        with meter.during("save"):
+            saver.save(progress, wait)
+
+    return Hooks(measure=measure, save=save, saved=saver.age, poll=saver.poll, beat=beat, enter=meter.enter,
                  sample=lambda: averaged(work, lambda: show_sample(run, work, data)),
                  after_update=lambda: average(work, run.ema))
 

@@ -49,6 +49,8 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, help=_("ids of the tokenizer, where the recipe leaves them to it"))
     parser.add_argument("--model", help=_("in place of a recipe: a public model by name, such as gpt3-175b"))
     parser.add_argument("--tokens", help=_("of --model: what it learns from, such as 300B"))
+    parser.add_argument("--memory", help=_("memory of one device, such as 80GB, in place of the hardware's"))
+    parser.add_argument("--probe", action="store_true", help=_("without --hardware: make a few real steps, for the time of one"))
     parser.add_argument("--rehearse", type=int, default=0, help=_("so many of the best plans are rehearsed in full, too"))
 
 
@@ -62,6 +64,10 @@ def advise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", choices=["best", "good", "draft"], default="good", help=_("what counts more than cost"))
     parser.add_argument("--latency", help=_("longest time of an answer, such as 20ms"))
     parser.add_argument("--price", help=_("what an hour of one device costs"))
+
+
+def calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help=_("file for the measurements (default: machine.json in the user's cache)"))
 
 
 def quickstart(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,7 @@ def verbs() -> dict[str, Verb]:
                          of.recipe, recipe=True, options=of.rehearse_options),
         "plan": Verb("danlu.verbs.plan", _("what a run will cost, and how it runs best on a machine"), of.recipe, recipe=True,
                      options=of.plan_options),
+        "calibrate": Verb("danlu.verbs.calibrate", _("measures this machine once, for plans"), of.calibrate),
         "advise": Verb("danlu.verbs.advise", _("which model, method and settings for a task, with reasons and sources"),
                        of.advise),
         "eval": Verb("danlu.verbs.eval", _("figures of a task, answers, perplexity, bits per byte, with intervals"), of.eval),

@@ -1,0 +1,73 @@
+"""The part of `danlu plan` that is asked about a recipe as it stands: what it will need on this machine, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from danlu import config
+from danlu.errors import ResourceError
+from danlu.log import count, duration
+from danlu.planner.hardware import Machine
+from danlu.planner.plan import Fix, Plan, fixes, plan, shape
+from danlu.planner.probe import probe as probed
+from danlu.train.recipe import Run
+from danlu.verbs import needed
+from danlu.verbs.rehearse import gigabytes
+from danlu.words import _
+
+
+def recipe(file: Path | None, overrides: list[str], *, machine: Machine, vocab: int | None, probe: bool, as_json: bool) -> int:
+    """Print what the run needs in each phase, how long it takes, and the cheapest changes if it does not fit (exit code 5)."""
+    path = needed(file)
+    run = config.load(Run, path, overrides)
+    machine = machine.model_copy(update={"count": run.layout.world})
+    if vocab is None and any(source.raw for sources in run.named.values() for source in sources):
+        from danlu.train.intake import taken_in
+
+        run = taken_in(run)
+    of = shape(run, vocab)
+    seconds = probed(path, overrides, threads=run.threads) if probe and run.layout.world == 1 else None
+    found = plan(of, machine, probe=seconds)
+    helps = [] if found.fits else fixes(of, machine, found)
+    if as_json:
+        print(json.dumps(found.record() | {"fixes": [{"line": fix.line, "peak": fix.plan.phases[fix.plan.worst].resident,
+                                                      "step": fix.plan.time.step} for fix in helps]}, ensure_ascii=False))
+    else:
+        show(found, helps)
+    return 0 if found.fits else ResourceError.code
+
+
+def show(found: Plan, helps: list[Fix]) -> None:
+    """Print the tables and what follows from them."""
+    console, record = Console(highlight=False), found.record()
+    console.print(_("{parameters} parameters · {steps} steps · {tokens} tokens · {flops} FLOPs a step · {precision} on {world} × "
+                    "{device}").format(parameters=count(record["parameters"]), steps=record["steps"], tokens=count(record["tokens"]),
+                                       flops=count(record["flops"]), precision=record["precision"], world=record["world"],
+                                       device=found.machine.device.name), soft_wrap=True)
+    table = Table(title=_("one process, by phase"), title_justify="left", box=None, pad_edge=False)
+    for name in (_("phase"), _("memory"), _("disk"), _("parts")):
+        table.add_column(name)
+    for name, each in found.phases.items():
+        table.add_row(name, gigabytes(each.resident), gigabytes(each.disk) if each.disk else "–",
+                      ", ".join(f"{part} {gigabytes(size)}" for part, size in each.parts.items()))
+    console.print(table)
+    timed, money = found.time, record["cost"]
+    console.print(_("a step: {step:.3f} s (products {compute:.3f}, memory {memory:.3f}, messages {messages:.3f}, bubble "
+                    "{bubble:.3f}, data {data:.3f}); the run: {whole}; {kwh:.3f} kWh").format(
+        **timed.record() | {"whole": duration(timed.whole)}, kwh=money["kwh"])
+        + ("" if money["money"] is None else _("; {money:.2f} in your currency").format(money=money["money"])), soft_wrap=True)
+    if not found.machine.calibrated and not timed.probed and found.machine.device.name == "here":
+        console.print(_("rates of this machine are assumed; danlu calibrate measures them, --probe makes a few real steps"))
+    if found.fits:
+        console.print(_("it fits: {phase} needs most, {need} of {room}").format(
+            phase=found.worst, need=gigabytes(found.phases[found.worst].resident), room=gigabytes(found.room)))
+        return
+    console.print(_("it does not fit: {phase} needs {need} of {room}").format(
+        phase=found.worst, need=gigabytes(found.phases[found.worst].resident), room=gigabytes(found.room)))
+    for fix in helps:
+        console.print(_("it fits with {line}: {need}, {step:.3f} s a step").format(
+            line=fix.line, need=gigabytes(fix.plan.phases[fix.plan.worst].resident), step=fix.plan.time.step), markup=False)
