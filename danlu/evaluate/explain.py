@@ -43,7 +43,8 @@ def explain(task: rows.Task, texts: tuple[str, ...], *, target: str | None = Non
     """Return what the model says of a text, or of two, with integrated gradients (Sundararajan et al., 2017) and attention.
 
     target: the class that is asked about (default: the one it says); word: whose tag is asked about (default: the first that is
-    not O).  Of an answer both its ends are asked about.  attention: whether it is looked at, too.  Raises ConfigError or DataError for texts and targets that do not fit.
+    not O).  Of an answer both its ends are asked about.  attention: whether it is looked at, too.
+    Raises ConfigError or DataError for texts and targets that do not fit.
     """
     try:
         from captum.attr import LayerIntegratedGradients
