@@ -121,3 +121,19 @@ def test_adapters_are_chosen_by_name(folder: Path, tmp_path: Path) -> None:
             assert said[name] == one.subject.tokenizer.decode(new, special=False)
         assert said["base"] != said["one"]
         assert httpx.post(f"{at.url}/v1/completions", json={"model": "three", "prompt": "a"}).status_code == 404
+
+
+def test_the_page_of_runs_needs_no_model(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.json").write_text('{"kind": "train", "metrics": {"eval/loss": 1.5}}')
+    with process("--runs", tmp_path) as (_running, told):
+        at = told["url"].replace("/v1", "")
+        with httpx.Client(base_url=at) as browser:
+            assert browser.get("/page/runs").status_code == 403
+            assert browser.get(told["page"]).status_code == 303
+            assert [(one["name"], one["results"]) for one in browser.get("/page/runs").json()["runs"]] == [
+                ("one", {"eval/loss": 1.5})]
+            assert browser.post("/v1/completions", json={"prompt": "a"}).status_code == 404
+            assert browser.get("/openapi.json").status_code == 200
+    assert danlu("serve", "--runs", tmp_path, "--no-page").code == 2
+    assert danlu("serve", "--runs", tmp_path / "none").code == 2
