@@ -196,7 +196,8 @@ def test_a_layout_changes_nothing(world: Path, tmp_path: Path, how: Any) -> None
 
 
 def test_the_loss_after_weights_are_gone_is_no_spike(world: Path, tmp_path: Path) -> None:
-    train(learning(world, tmp_path / "run", start=str(world / "dense"), steps=24, optim={"kind": "adamw", "lr": 1e-4},
+    train(learning(world, tmp_path / "sure", model=several.ENCODER, steps=120))
+    train(learning(world, tmp_path / "run", start=str(tmp_path / "sure"), steps=24, optim={"kind": "adamw", "lr": 1e-4},
                    sparsify={"kind": "magnitude", "sparsity": 0.98, "begin": 16, "until": 16}))
     told = [line for line in several.lines(tmp_path / "run") if "train/loss" in line]
     assert told[16]["train/loss"] > 1.4 * max(line["train/loss"] for line in told[:16]), "the test would show nothing"
