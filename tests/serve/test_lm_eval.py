@@ -109,7 +109,7 @@ def test_danlu_eval_finds_the_same(tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
     found = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]["furnace_text"]
     mine = next(iter(json.loads(ours.out)["results"].values()))
-    assert found["bits_per_byte,none"] == pytest.approx(mine["bits_per_byte,none"], rel=1e-5)     # float32, summed in another order
+    assert found["bits_per_byte,none"] == pytest.approx(mine["bits_per_byte,none"], rel=1e-5)     # float32, in another order
 
 
 def offline(folder: Path) -> dict[str, str]:
