@@ -1,6 +1,7 @@
 """The server beside what it is measured against: `python -m bench.serve classify RUN`, `python -m bench.serve load RUN`.
 
-classify: texts a second and the median at batch 1 through HTTP, against the same model in onnxruntime int8 in this process.
+classify: texts a second in batches of 32 and the median at batch 1 through HTTP, against onnxruntime int8 in this process.
+ratio: of the medians and of the texts a second; above 1 the served one is faster.
 
 load: 200 clients, and beside them 50 that send headers a byte at a time and 50 that send bodies of 4 MiB, for a minute.
 Normal: what the 200 ask and get (200 OK).  Each asks for the same, about half a second of work (--work): as many new tokens
@@ -17,7 +18,6 @@ nothing is computed for them any more.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import os
@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,28 +49,6 @@ def server(run: Path, *options: str) -> Iterator[tuple[str, int]]:
             yield json.loads(running.stdout.readline())["url"], running.pid
         finally:
             running.terminate()
-
-
-async def asked(url: str, path: str, body: dict[str, Any], *, clients: int, seconds: float, pause: float = 0.0) -> dict[str, Any]:
-    """Return counts and seconds of what so many clients got."""
-    statuses, times = Counter[int](), list[float]()
-    until = time.perf_counter() + seconds
-
-    async def one(client: httpx.AsyncClient) -> None:
-        while time.perf_counter() < until:
-            began = time.perf_counter()
-            answer = await client.post(f"{url}/{path}", json=body)
-            statuses[answer.status_code] += 1
-            if answer.status_code == 200:
-                times.append(time.perf_counter() - began)
-            await asyncio.sleep(pause if answer.status_code == 200 else float(answer.headers.get("retry-after", 1)))
-
-    most = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(timeout=120, limits=most) as client:        # one, because each makes a TLS context of its own
-        await asyncio.gather(*(one(client) for _n in range(clients)))
-    ordered = sorted(times) or [float("nan")]
-    return {"statuses": dict(statuses), "answers": len(times), "p50": statistics.median(ordered),
-            "p99": ordered[int(0.99 * (len(ordered) - 1))]}
 
 
 def crowd(kind: str, url: str, request: tuple[str, dict[str, Any]], *, clients: int, seconds: float, pause: float = 0.0
@@ -175,18 +152,30 @@ def load(run: Path, *, seconds: float, clients: int, hostile: int, work: float, 
 
 
 def classify(run: Path, *, seconds: float, onnx: Path | None) -> dict[str, Any]:
-    """Return texts a second and the median of the served classifier, and of an int8 ONNX file of it if there is one."""
-    with server(run) as (url, _pid):
-        one = asyncio.run(asked(url, "classify", {"input": TEXTS[0]}, clients=1, seconds=seconds))
-        batch = [TEXTS[n % len(TEXTS)] for n in range(32)]
-        many = asyncio.run(asked(url, "classify", {"input": batch}, clients=2, seconds=seconds))
-    found: dict[str, Any] = {"served": {"p50_ms": 1e3 * one["p50"], "texts_per_second": 32 * many["answers"] / seconds}}
-    if onnx is not None:
-        theirs = inside(run, onnx)
-        found["onnxruntime"] = {"p50_ms": 1e3 * timed(lambda: theirs(TEXTS[:1]), seconds)[0],
-                                "texts_per_second": 32 / timed(lambda: theirs(batch), seconds)[1]}
-        found["ratio"] = found["served"]["texts_per_second"] / found["onnxruntime"]["texts_per_second"]
-    return found
+    """Return texts a second and the median of the served classifier, beside those of int8 in onnxruntime in this process.
+
+    Without an ONNX file both are made of `run` in a scratch folder: `danlu quantize --method dynamic` is served, and
+    `danlu export --to onnx --quantize int8` is what it is measured against; with one, `run` is served as it is.
+    """
+    batch = [TEXTS[n % len(TEXTS)] for n in range(32)]
+    with tempfile.TemporaryDirectory() as scratch:
+        served, plain = run, run
+        if onnx is None:
+            served, made = Path(scratch) / "dynamic", Path(scratch) / "onnx"
+            for words in (["quantize", str(run), "--method", "dynamic", "--out", str(served)],
+                          ["export", str(run), "--to", "onnx", "--quantize", "int8", "--out", str(made)]):
+                subprocess.run([sys.executable, "-m", "danlu", *words], check=True, stdout=subprocess.DEVNULL)
+            onnx = next(made.glob("*.onnx"))
+        with server(served) as (url, _pid):
+            one, many = (told(ended(crowd("ok", url, ("classify", {"input": given}), clients=clients, seconds=seconds)), seconds)
+                         for given, clients in ((TEXTS[0], 1), (batch, 2)))
+        theirs = inside(plain, onnx)
+        alone, together = timed(lambda: theirs(TEXTS[:1]), seconds)[0], timed(lambda: theirs(batch), seconds)[1]
+    found = {"served": {"p50_ms": 1e3 * one["p50"], "texts_per_second": 32 * many["answers_per_second"],
+                        "statuses": [one["statuses"], many["statuses"]]},
+             "onnxruntime": {"p50_ms": 1e3 * alone, "texts_per_second": 32 / together}}
+    return found | {"ratio": {"p50": alone / one["p50"], "texts_per_second": many["answers_per_second"] * together},
+                    "loadavg": os.getloadavg()[0]}
 
 
 def inside(run: Path, path: Path) -> Callable[[list[str]], Any]:

@@ -45,10 +45,11 @@ def distance(before: Any, after: Any, rows: Rows) -> Distance:
             largest = max(largest, float(old.abs().max()))
             compared += old[..., 0].numel()
             if name not in _plain(before) and old.shape[-1] > 1:
-                p, q = old.log_softmax(-1), new.log_softmax(-1)
+                over = -2 if name in _places(before) else -1            # where an answer begins and ends: places of the row
+                p, q = old.log_softmax(over), new.log_softmax(over)
                 divergence += float((p.exp() * (p - q)).sum())
-                same += int((old.argmax(-1) == new.argmax(-1)).sum())
-                scored += old[..., 0].numel()
+                same += int((old.argmax(over) == new.argmax(over)).sum())
+                scored += old.argmax(over).numel()
     worst = math.inf if math.isnan(difference) else difference
     return Distance(worst, largest, divergence / scored if scored else None, same / scored if scored else None, compared)
 
@@ -56,6 +57,11 @@ def distance(before: Any, after: Any, rows: Rows) -> Distance:
 def _plain(model: Any) -> set[str]:
     """Return the outputs that are no scores of classes."""
     return {"hidden", "pooled", *(task.name for task in model.cfg.tasks if task.kind == "embed")}
+
+
+def _places(model: Any) -> set[str]:
+    """Return the outputs [.., T, 2] that score the T places of a row."""
+    return {task.name for task in model.cfg.tasks if task.kind == "answer"}
 
 
 def _said(model: Any, row: Any) -> dict[str, Tensor]:

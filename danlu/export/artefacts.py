@@ -21,7 +21,7 @@ from danlu.errors import ConfigError, DataError
 from danlu.evaluate.subject import Subject, open_subject
 from danlu.evaluate.written import template_of
 from danlu.export.beside import Beside
-from danlu.export.parity import Artefact
+from danlu.export.parity import Artefact, Says
 from danlu.generate import writes
 from danlu.words import _
 
@@ -59,6 +59,13 @@ class Danlu:
         else:
             said = out[self.head.name][0]
         return np.atleast_1d(np.asarray(said.double()))
+
+    def says(self) -> Says:
+        """Return what the numbers of `logits` are."""
+        if self.head is None:
+            cfg = self.subject.cfg
+            return "classes" if (cfg.lm if cfg.kind == "decoder" else cfg.outputs) else "vector"
+        return {"answer": "places", "embed": "vector"}.get(self.head.kind, "classes")      # type: ignore[return-value]
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text`; what looks like a special token stays text."""

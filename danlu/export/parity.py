@@ -68,20 +68,32 @@ class Names(Protocol):
         """Return the names of the classes in the order of their numbers; None: it has no classes."""
 
 
+Says = Literal["classes", "places", "vector"]    # scores of classes or tokens [.., K]; of places [T, 2]; numbers [.., D]
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """An artefact that knows what its numbers are."""
+
+    def says(self) -> Says:
+        """Return it.  Only of scores there is a distribution and a likeliest; an answer's are over the T places of a row."""
+
+
 class Limits(Model):
     """What may differ.  None: shown, not judged."""
 
     difference: float | None = Field(1e-3, ge=0)     # of any logit, in standard deviations of the first artefact's logits
     kl: float | None = Field(None, ge=0)             # mean over positions, nats
     top1: float | None = Field(1.0, ge=0, le=1)      # share of positions with the same likeliest, ties within `difference` apart
+    cosine: float | None = Field(None, ge=-1, le=1)  # of vectors, mean
     greedy: bool = True                              # whether continuations must be equal, such ties left out
     ids: bool = True                                 # … and the ids of texts, with what they come back as
 
 
 EXACT = Limits()
 ROUNDED = {"bf16": Limits(difference=0.1, kl=0.01, top1=1.0), "fp16": Limits(difference=1e-2, kl=1e-3, top1=1.0)}
-QUANTIZED = {8: Limits(difference=None, kl=0.02, top1=0.95, greedy=False),
-             4: Limits(difference=None, kl=0.3, top1=0.8, greedy=False)}
+QUANTIZED = {8: Limits(difference=None, kl=0.02, top1=0.95, cosine=0.98, greedy=False),
+             4: Limits(difference=None, kl=0.3, top1=0.8, cosine=0.9, greedy=False)}
 
 
 def limits_of(kind: str, *, dtype: str = "fp32", bits: int = 8) -> Limits:
@@ -175,10 +187,13 @@ def _logits(a: Artefact, b: Artefact, rows: list[list[int]], limits: Limits, pro
     unlike = apart if spread == 0 else apart / spread
     found = [_judged("logits", unlike, limits.difference,
                      _("at most {apart:.3g} apart; standard deviation {spread:.3g}").format(apart=apart, spread=spread))]
-    if first.shape[-1] > 1:                                                                  # one number is no distribution
-        divergence = float(_kl(first, second).mean())
-        found.append(_judged("KL", divergence, limits.kl))
-        found.append(_top1(first, second, 2 * (allowed or 0.0), limits))
+    says: Says = next((one.says() for one in (a, b) if isinstance(one, Tells)), "classes")
+    if says == "vector":
+        found.append(_cosine(first, second, limits))
+    elif first.shape[-1] > 1:                                                                # one number is no distribution
+        p, q = (first, second) if says == "classes" else (_over_places([pair[side].logits for pair in said]) for side in (0, 1))
+        found.append(_judged("KL", float(_kl(p, q).mean()), limits.kl))
+        found.append(_top1(p, q, 2 * (allowed or 0.0), limits))
     if any(c.state == "red" for c in found):
         _look(a, b, said, allowed if allowed is not None else EXACT.difference * spread, profile)   # type: ignore[operator]
     if _continues(a, said[0][0]):
@@ -199,6 +214,23 @@ def _kl(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
     kl: np.ndarray = np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
     return kl
+
+
+def _over_places(said: Sequence[np.ndarray]) -> np.ndarray:
+    """Return scores [T, 2] of rows as [2 N, longest T]: where an answer begins, and where it ends; the rest cannot be."""
+    longest = max(map(len, said))
+    return np.concatenate([np.pad(one.T, ((0, 0), (0, longest - len(one))), constant_values=-1e30) for one in said])
+
+
+def _cosine(first: np.ndarray, second: np.ndarray, limits: Limits) -> Check:
+    """Compare the directions of vectors [N, D]."""
+    sizes = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    found = (first * second).sum(-1) / np.maximum(sizes, 1e-30)
+    mean, least = float(found.mean()), float(found.min())
+    if not np.isfinite(mean):
+        return Check("cosine", "red", None, limits.cosine, _("not a number"))
+    state: State = "shown" if limits.cosine is None else "green" if mean >= limits.cosine else "red"
+    return Check("cosine", state, mean, limits.cosine, _("the least is {least:.4g}").format(least=least))
 
 
 def _top1(first: np.ndarray, second: np.ndarray, tie: float, limits: Limits) -> Check:

@@ -17,6 +17,7 @@ import torch
 from danlu.adapt import folder as adapters
 from danlu.adapt.peft import TYPES
 from danlu.errors import ConfigError, DataError, IncompatibleError
+from danlu.export.parity import Says
 from danlu.log import say
 from danlu.models import weights
 from danlu.words import _
@@ -95,6 +96,12 @@ class Transformers:
             said = next(out[name] for name in ("logits", "prediction_logits", "last_hidden_state") if name in out)[0]
         said = said[-len(row[0]):] if said.ndim == 2 and len(said) > len(row[0]) else said       # PEFT's virtual tokens
         return np.asarray(said.double())
+
+    def says(self) -> Says:
+        """Return what the numbers of `logits` are."""
+        name = type(self.model).__name__
+        bare = name.endswith("Model") and not name.endswith("LMHeadModel") and not name.startswith("Peft")
+        return "places" if name.endswith("ForQuestionAnswering") else "vector" if self.embeds or bare else "classes"
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text`; what looks like a special token stays text."""

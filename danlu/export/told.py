@@ -30,7 +30,7 @@ def causes(red: Collection[str], profile: Profile) -> tuple[str, ...]:
         found.append(_("the stopping ids: eos of tokenizer_config.json or generation_config.json"))
     if "labels" in red:
         found.append(_("the names of the classes: id2label of config.json"))
-    if {"logits", "KL", "top-1", "greedy"} & set(red):
+    if {"logits", "KL", "top-1", "cosine", "greedy"} & set(red):
         found.append(_weights(profile))
     return tuple(found)
 

@@ -93,8 +93,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(_("there is no port {port}").format(port=port), where="--port", fix=_("choose one up to 65535"))
     try:
         family, _kind, _proto, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)     # of proto 0 asyncio does not set TCP_NODELAY, …
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)               # … and every answer waits 40 ms for an ACK
         sock.bind(address)
     except OSError as error:
         raise ConfigError(_("cannot listen on {host}:{port}: {why}").format(host=host, port=port, why=error.strerror or error),

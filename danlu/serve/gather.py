@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from danlu.decode import Pace, Patience
 from danlu.errors import ResourceError
 from danlu.evaluate import rows
@@ -186,7 +188,8 @@ class Gather:
 
     def _compute(self, batch: list[tuple[_Waiting, int, Line]]) -> None:
         try:
-            found = [said for _line, said in rows.answered(batch[0][0].task, [line for _one, _number, line in batch])]
+            with torch.inference_mode():
+                found = [said for _line, said in rows.answered(batch[0][0].task, [line for _one, _number, line in batch])]
         except Exception as error:                       # the thread outlives a batch that cannot be computed
             problem = ResourceError(str(error)) if isinstance(error, MemoryError) else error
             for one in {id(one): one for one, _number, _line in batch}.values():

@@ -19,8 +19,10 @@ from danlu.compress.prune import Prune, mask, prune
 from danlu.compress.quantize import Quantize, quantize
 from danlu.compress.rows import Moments
 from danlu.errors import ConfigError
+from danlu.models.build import build
 from danlu.nn import packed
 from danlu.nn.forms import Int4, Int8
+from danlu.nn.tasks import Head
 
 
 def moment(x: Tensor) -> Moments:
@@ -120,6 +122,18 @@ def test_a_quantised_model_says_nearly_the_same(family: str, how: dict[str, Any]
     largest = float((said(made, given) - old).abs().max())
     assert apart.divergence is not None and apart.difference == pytest.approx(largest, rel=1e-3)
     assert numbers(made)[0] == numbers(before)[0]
+
+
+def test_answers_are_compared_over_the_places_of_a_row() -> None:
+    """A bias that lifts every beginning changes no answer, though it changes which of a place's two numbers is larger."""
+    before = model("bert").cfg.with_tasks((Head.model_validate({"kind": "answer"}),))
+    first = build(before, "cpu").init(3).eval()
+    second = copy.deepcopy(first)
+    bias = next(t for name, t in second.named_parameters() if name.endswith("answer.out.bias"))
+    bias.data += torch.tensor([7.0, -7.0])
+    apart = distance(first, second, ids())
+    assert apart.difference > 6 and apart.agreement == 1.0
+    assert apart.divergence == pytest.approx(0.0, abs=1e-6)
 
 
 def test_methods_that_look_at_rows_refuse_to_do_without() -> None:

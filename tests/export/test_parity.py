@@ -285,6 +285,56 @@ def test_figures_in_closed_form() -> None:
     assert of([0.0, 1.0], [0.0, 1.0, 2.0])["shape"].state == "red"
 
 
+class Telling(Fixed):
+    """Fixed numbers that say what they are."""
+
+    def __init__(self, numbers: np.ndarray, says: parity.Says) -> None:
+        super().__init__(numbers)
+        self.kind_of_numbers = says
+
+    def says(self) -> parity.Says:
+        return self.kind_of_numbers
+
+
+def test_vectors_are_compared_by_their_direction_and_answers_over_places() -> None:
+    def of(first: Any, second: Any, says: parity.Says) -> dict[str, parity.Check]:
+        found = parity.compare(Telling(np.array(first), says), Telling(np.array(second), says), [[1, 2, 3]], (),
+                               limits=parity.QUANTIZED[8])
+        return {c.name: c for c in found.checks}
+
+    found = of([3.0, 4.0], [4.0, 3.0], "vector")
+    assert found["cosine"].value == pytest.approx(24 / 25) and found["cosine"].state == "red"
+    assert "KL" not in found and "top-1" not in found
+    assert of([3.0, 4.0], [6.0, 8.1], "vector")["cosine"].state == "green"
+    start, end = np.array([0.1, 5.0, 0.0]), np.array([0.0, 4.9, 5.5])       # the answer: places 1 to 2
+    found = of(np.stack([start, end], -1), np.stack([start + 3, end - 3], -1), "places")
+    assert found["KL"].value == pytest.approx(0, abs=1e-12) and found["top-1"].value == 1.0      # a shift changes no answer
+    assert of(np.stack([start, end], -1), np.stack([start + 3, end - 3], -1), "classes")["top-1"].value != 1.0
+    found = of(np.stack([start, end], -1), np.stack([start, end[[0, 2, 1]]], -1), "places")
+    assert found["top-1"].value == 0.5 and found["top-1"].state == "red"
+
+
+def test_rows_of_unequal_length_have_answers_of_their_own() -> None:
+    two = [np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[0.0, 1.0], [0.0, 0.0], [3.0, 0.0]])]
+    found = parity._over_places(two)
+    assert found.shape == (4, 3) and found.argmax(-1).tolist() == [0, 1, 2, 0]
+    assert float(parity._kl(found, found).max()) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["answer", "embed"])
+def test_int8_of_answers_and_vectors_is_judged_by_what_they_are(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    base = small.encoder(tmp_path)
+    cfg: Any = weights.read_config(base)
+    weights.save(tmp_path / "head", build(cfg.with_tasks((Head.model_validate({"kind": kind}),)), "cpu").init(3), tokenizer=base)
+    words = ["export", str(tmp_path / "head"), "--to", "onnx", "--quantize", "int8", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    checks = {one["name"]: one for one in files.read_json(tmp_path / "out" / parity.FILE)["checks"]}
+    assert checks["cosine" if kind == "embed" else "top-1"]["state"] == "green"
+    assert ("KL" in checks) == (kind == "answer")
+
+
 def test_nothing_compared_is_not_green() -> None:
     found = parity.compare(Fixed(np.zeros(2)), Fixed(np.zeros(2)), [], ())
     assert not found.green and found.red == ()

@@ -317,3 +317,17 @@ def test_what_is_under_way_is_answered_before_the_end(folder: Path) -> None:
         asking.join()
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] > 0
+
+
+def test_answers_wait_for_no_acknowledgement(folder: Path) -> None:
+    """An answer of two packets on a connection that is kept: without TCP_NODELAY the second waits 40 ms for an ACK."""
+    with serving(folder) as at, socket.create_connection(("127.0.0.1", at.port)) as one:
+        took = []
+        for _n in range(20):
+            began = time.perf_counter()
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            said = b""
+            while not said.endswith(b'"ok"}'):
+                said += one.recv(4096)
+            took.append(time.perf_counter() - began)
+        assert min(took[10:]) < 0.03

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from cli import danlu
 
 from danlu.adapt import folder as adapters
 from danlu.data.tokenizer import Tokenizer
@@ -89,6 +90,26 @@ def test_lm_eval_agrees(tmp_path: Path) -> None:
     mine = -total / sum(len(text.encode()) for text in TEXTS) / math.log(2)
     # both are the same sum of float32 logits; the server adds them over a cache, in another order
     assert found["furnace_text"]["bits_per_byte,none"] == pytest.approx(mine, rel=1e-5)
+
+
+def test_danlu_eval_finds_the_same(tmp_path: Path) -> None:
+    """Where the tokenizer begins texts with bos and ends them with nothing, both predict the same tokens; batches of four."""
+    folder = small.decoder(tmp_path, SAID, bos="<s>", add_bos=True, add_eos=False)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "text.yaml").write_text(ROLLING.replace("TEXTS", str(texts)))
+    ours = danlu("eval", folder, "--data", texts, "--json")
+    assert ours.code == 0, ours.err
+    with serving(folder, name="tiny") as at:
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args",
+                   f"model=tiny,base_url={at.url}/v1/completions,tokenizer={folder},max_length=128", "--batch_size", "4",
+                   "--include_path", str(tmp_path / "tasks"), "--tasks", "furnace_text", "--output_path", str(tmp_path / "out")]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=offline(tmp_path))
+        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
+    found = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]["furnace_text"]
+    mine = next(iter(json.loads(ours.out)["results"].values()))
+    assert found["bits_per_byte,none"] == pytest.approx(mine["bits_per_byte,none"], rel=1e-5)     # float32, in another order
 
 
 def offline(folder: Path) -> dict[str, str]:
