@@ -50,7 +50,7 @@ def memory(run: Run, machine: Machine, rehearsal: Rehearsal, needs: dict[str, Ne
         if phase in ("merge", "export"):
             need = Need(0, 2 * kept["model"], kept["model"], 2 * kept["model"])
         elif need is None:
-            if phase == "resume" and (run.layout.pp > 1 or not needs) or phase in ("step", "load", "save") and run.layout.pp > 1:
+            if (phase == "resume" and (run.layout.pp > 1 or not needs)) or (phase in ("step", "load", "save") and run.layout.pp > 1):
                 need = _of_stage(rehearsal, phase)
             else:
                 continue

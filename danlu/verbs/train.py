@@ -13,7 +13,6 @@ from danlu.train.recipe import Run
 from danlu.verbs import needed
 from danlu.words import _
 
-
 PLANNED = "plan=auto"
 
 

@@ -57,7 +57,7 @@ def test_flops_are_those_of_the_counter(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"layout": {"dp": 2}}, {"layout": {"dp": 2, "shard": "full"}}, {"recompute": "full"}], ids=str)
 def test_the_plan_agrees_with_the_rehearsal(more: dict[str, Any]) -> None:
-    of, found = planned(**more)
+    _of, found = planned(**more)
     told = rehearse(settled(recipe(**more), None))
     assert found.rehearsal.parameters == told.parameters
     lived = found.phases["step"].parts
