@@ -77,7 +77,7 @@ def write(run: Path) -> Path:
     record, lines = files.read_json(run / "run.json"), list(files.read_lines(run / "metrics.jsonl"))
     parts = [
         heading(run, record, lines), charts(lines), evaluation(run, lines), confusions(run), mistakes(run), samples(run),
-        origin(record), audit(record, lines), recipe(run)]
+        needed(run, record), origin(record), audit(record, lines), recipe(run)]
     files.write_text(run / "report.html", page(f"{run.resolve().name} · Danlu", "\n".join(parts)))
     return run / "report.html"
 
@@ -283,6 +283,22 @@ def samples(run: Path) -> str:
     if not steps:
         return ""
     return section(_("Samples"), table([_("step"), _("text")], [[str(step), written[step]] for step in steps]))
+
+
+def needed(run: Path, record: Mapping[str, Any]) -> str:
+    """Return what the run needed of memory and time, beside what its plan said if it had one."""
+    measured, path = record.get("measured"), run / "plan.json"
+    if not measured:
+        return ""
+    told = files.read_json(path) if path.is_file() else {}
+    rows = []
+    for name, size in measured["peak"].items():
+        said = told.get("phases", {}).get(name, {}).get("resident")
+        rows.append([_("{phase}, MB").format(phase=name), "–" if said is None else f"{said / 1e6:,.0f}", f"{size / 1e6:,.0f}"])
+    step = told.get("time", {}).get("step")
+    if measured["step_seconds"] is not None:
+        rows.append([_("a step, seconds"), "–" if step is None else f"{step:.3f}", f"{measured['step_seconds']:.3f}"])
+    return section(_("Predicted and actual"), table([_("figure"), _("predicted"), _("actual")], rows, numbers=True))
 
 
 def origin(record: Mapping[str, Any]) -> str:

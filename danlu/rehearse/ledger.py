@@ -107,7 +107,7 @@ class Ledger(TorchDispatchMode):
         if self.paused:
             return func(*args, **(kwargs or {}))
         if self.log is not None and func is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype.is_floating_point and 1.0 or True
+            return (args[0].dtype.is_floating_point and 1.0) or True
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args)
         out = func(*args, **(kwargs or {}))

@@ -96,7 +96,7 @@ class _Process:
         self.optimizer = run.optim.build((leaf.name, leaf.local) for leaf in self.engine.leaves)
         self.ema = ({n: t.detach().clone() for n, t in model.state_dict().items()} if run.ema else None)
         if resumes:
-            ledger.phase("resume")
+            ledger.phase("making")                       # the optimizer's state, by a step that is not the run's
             self.resume()
         elif run.guard.reload:
             self.reload(batch, twin)
@@ -134,10 +134,15 @@ class _Process:
 
     def resume(self) -> None:
         """Read model and optimizer from mapped files, the optimizer's state being copied out of them."""
+        stored = _bytes(self.stored())
+        self.ledger.maps(stored)
         for leaf in self.engine.leaves:
             leaf.local.grad = torch.zeros_like(leaf.local)
-        del leaf
-        self.ledger.maps(_bytes(self.stored()))
+        self.engine.update(self.optimizer, 0.0, allow=lambda norm: True)
+        self.ledger.phase("resume")
+        slots = [value for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
+        self.ledger.maps(max(stored, sum(value.numel() * value.element_size() for value in slots)))
+        self.ledger.phase("other")
 
     def evaluate(self, batch: dict[str, Tensor] | None) -> None:
         """Measure a batch of held-out rows."""

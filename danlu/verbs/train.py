@@ -6,10 +6,40 @@ import json
 import os
 from pathlib import Path
 
-from danlu import config
+from danlu import config, files, yamls
+from danlu.log import say
 from danlu.train import launch
 from danlu.train.recipe import Run
 from danlu.verbs import needed
+from danlu.words import _
+
+PLANNED = "plan=auto"
+
+
+def planned(file: Path, overrides: list[str]) -> list[str]:
+    """Return the words that fill in what a recipe leaves open, so that the run fits on this machine; leave its plan in `out`.
+
+    Raises ResourceError, with the cheapest changes that help, if it cannot fit.
+    """
+    from danlu.planner.hardware import here
+    from danlu.planner.plan import filled
+
+    run = config.load(Run, file, overrides)
+    data, _lines = yamls.read(file)
+    given = {name for name in ("precision", "recompute") if name in data or any(w.lstrip("-").startswith(f"{name}=") for w in overrides)}
+    micro = isinstance(data.get("layout"), dict) and "micro" in data["layout"]
+    if micro or any(word.lstrip("-").startswith("layout.micro=") for word in overrides):
+        given.add("layout.micro")
+    if any(source.raw for sources in run.named.values() for source in sources):
+        from danlu.train.intake import taken_in
+
+        run = taken_in(run)
+    run, found = filled(run, here(run.layout.world), given=given)
+    files.write_json(run.out / "plan.json", found.record())
+    words = [f"precision={found.run.precision}", f"recompute={run.recompute}", f"layout.micro={run.layout.micro}"]
+    say(_("plan: {words}; {phase} needs most, {need:.2f} of {room:.2f} GB").format(
+        words=" ".join(words), phase=found.worst, need=found.phases[found.worst].resident / 1e9, room=found.room / 1e9))
+    return words
 
 
 def main(file: Path | None, overrides: list[str], *, command: list[str], as_json: bool) -> int:
@@ -17,12 +47,16 @@ def main(file: Path | None, overrides: list[str], *, command: list[str], as_json
 
     command: the words after `danlu` that say all this, for the processes started here.
     """
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    if PLANNED in overrides:
+        told = planned(needed(file), [word for word in overrides if word != PLANNED])
+        command = [*(word for word in command if word not in (PLANNED, f"--{PLANNED}")), *told]
+        overrides = [*(word for word in overrides if word != PLANNED), *told]
     run = config.load(Run, needed(file), overrides)
     if any(source.raw for sources in run.named.values() for source in sources):
         from danlu.train.intake import taken_in  # rows are made before any process group exists
 
         run = taken_in(run)
-    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     if not started:
         launch.refuse_elsewhere(os.environ, run.layout.world)
         if run.layout.world > 1:

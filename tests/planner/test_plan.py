@@ -1,0 +1,124 @@
+"""Plans against real runs, PyTorch's own FLOP counter, and the rehearsal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from danlu import cli, config
+from danlu.adapt import quantize
+from danlu.data.kinds import BPE
+from danlu.data.tokenizer import train
+from danlu.models.build import build
+from danlu.nn import paths
+from danlu.parallel.place import alone
+from danlu.planner.hardware import here
+from danlu.planner.plan import Plan, Shape, fixes, plan, shape
+from danlu.rehearse import rehearse, settled
+from danlu.rehearse.life import life
+from danlu.rehearse.trace import columns, packed
+from danlu.train.recipe import Run
+from danlu.train.step import Engine
+
+DECODER = {"kind": "decoder", "width": 32, "layers": 2, "heads": 4, "context": 64, "vocab": 96}
+
+
+def recipe(**more: Any) -> Run:
+    return config.validate(Run, {
+        "out": "runs/none", "data": [{"path": "data/none"}], "objective": {"kind": "causal_lm"}, "optim": {"kind": "adamw"},
+        "schedule": {"kind": "cosine"}, "steps": 10, "rows": 4, "length": 32, "precision": "fp32", "model": DECODER,
+        "device": "cpu", **more})
+
+
+def planned(**more: Any) -> tuple[Shape, Plan]:
+    of = shape(recipe(**more), 96)
+    return of, plan(of, here())
+
+
+@pytest.mark.parametrize("more", [{}, {"recompute": "full"}, {"layout": {"micro": 2}}], ids=str)
+def test_flops_are_those_of_the_counter(more: dict[str, Any]) -> None:
+    run = settled(recipe(**more), None)
+    model = build(run.network)
+    model.to_empty(device="cpu")
+    choice = paths.rule("cpu", torch.float32, run.length)
+    engine = Engine(alone(model.init(0), recompute=run.recompute, micro=run.layout.micro).use(choice).train(), run.objective,
+                    precision="fp32", clip=None, seed=0)
+    one = columns(run)
+    batch = {name: column.repeat(run.layout.micro, *[1] * (column.ndim - 1)) for name, column in one.items()}
+    with FlopCounterMode(display=False) as counter:
+        engine.forward_backward(batch, step=0)
+    assert life(run, batch, None, copies=False).flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("more", [{}, {"layout": {"dp": 2}}, {"layout": {"dp": 2, "shard": "full"}}, {"recompute": "full"}], ids=str)
+def test_the_plan_agrees_with_the_rehearsal(more: dict[str, Any]) -> None:
+    _of, found = planned(**more)
+    told = rehearse(settled(recipe(**more), None))
+    assert found.rehearsal.parameters == told.parameters
+    lived = found.phases["step"].parts
+    tensors = sum(lived.get(name, 0) for name in ("weights", "gradients", "optimizer", "activations", "rest"))
+    assert tensors == pytest.approx(told.largest.memory.peak, rel=0.03)
+    assert found.record()["tensors"] == told.largest.memory.peak
+
+
+def test_a_base_in_four_bits_is_an_eighth_and_its_scales() -> None:
+    found = packed(torch.empty(256, 512), "nf4")
+    blocks = 256 * 512 // 64
+    assert found.data.nbytes == 256 * 512 // 2
+    assert sum(part.nbytes for part in found.state) == blocks + 4 * (blocks // 256)
+    assert isinstance(found, quantize.Packed)
+
+
+def test_what_cannot_fit_is_told_with_changes_that_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of, found = planned(rows=64, length=64)
+    small = here().model_copy(update={"device": found.machine.device.model_copy(
+        update={"memory": int(found.phases["step"].resident * 0.99 / 0.95)})})
+    tight = plan(of, small)
+    assert not tight.fits
+    helps = fixes(of, small, tight)
+    assert helps and all(fix.plan.fits for fix in helps)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(rows=64, length=64), only_set=True))
+    assert cli.main(["plan", str(file), "--vocab", "96", "--memory", "10MB", "--json"]) == 5
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is False and told["worst"] in told["phases"]
+    assert cli.main(["plan", str(file), "--vocab", "96"]) == 0
+    assert "it fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--hardware", "8xH900"], ["--hardware", "0xH100"], ["--memory", "much"], ["optim.lrr=1"], []], ids=str)
+def test_bad_input_is_refused(words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(model={k: v for k, v in DECODER.items() if k != "vocab"}), only_set=True))
+    with_vocab = ["--vocab", "96"] if words else []          # without it the data is read, and is not there
+    assert cli.main(["plan", str(file), *with_vocab, *words]) in (2, 3)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    texts = [" ".join(f"word{(n * k) % 17}" for k in range(60)) for n in range(40)]
+    train(texts, BPE(vocab=300)).save(folder / "tokenizer")
+    (folder / "rows.txt").write_text("\n".join(texts), encoding="utf-8")
+    return folder
+
+
+def test_a_run_is_planned_filled_in_and_measured(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {"out": str(tmp_path / "run"), "data": [{"path": str(rows / "rows.txt")}], "tokenizer": str(rows / "tokenizer"),
+            "objective": {"kind": "causal_lm"}, "optim": {"kind": "adamw"}, "schedule": {"kind": "constant"}, "rows": 2, "steps": 3,
+            "length": 64, "overlong": "split", "threads": 1, "device": "cpu", "audit": {"stop": []},
+            "model": {k: v for k, v in DECODER.items() if k != "vocab"}}
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(made))
+    assert cli.main(["train", str(file), "plan=auto"]) == 0
+    told = json.loads((tmp_path / "run" / "plan.json").read_text())
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["fits"] and run["run"]["precision"] in ("fp32", "bf16")
+    measured = run["measured"]
+    assert measured["steps"] == 3 and measured["step_seconds"] > 0
+    assert {"load", "evaluate", "step", "save"} <= measured["peak"].keys() & told["phases"].keys()
