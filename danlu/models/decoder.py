@@ -29,7 +29,7 @@ from danlu.nn.paths import Choice
 from danlu.nn.position import Scaling, frequencies, turn
 from danlu.nn.taps import Taps
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
-from danlu.nn.unpadded import real
+from danlu.nn.unpadded import real_in
 from danlu.words import _
 
 Family = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"]
@@ -295,23 +295,16 @@ class DecoderModel(nn.Module):
         """Return what the last block makes of x [B, T, D]."""
         assert cache is None or segments is None, "a cache holds one document a row"
         cfg, tokens, past = self.cfg, x.shape[1] * self.strip.size, 0 if cache is None else cache.length
-        dtype = attention.working_dtype(x)
-        places = self._places(tokens, x.device, positions, cache)
-        rotary = None if cfg.position == "learned" else turn(places, self.angles, self.sharpen, dtype)
-        sights = []
-        for window in (cfg.window, None):
-            sights.append(attention.sight(tokens, causal=True, device=x.device, dtype=dtype, window=window,
-                                          segments=self.ahead.segments(segments), past=past, span=self.span,
-                                          lengths=None if cache is None else cache.lengths))
-            sights[-1] = self.ahead.see(sights[-1], x)
-            if cfg.window is None or not cfg.full_layers:
-                break
-        alone = None
-        if self.unpadded and self.span is None and self.strip.size == 1 and not self.taps.listening:
-            alone = real(self.ahead.segments(segments))
+        rotary = None if cfg.position == "learned" else turn(self._places(tokens, x.device, positions, cache), self.angles,
+                                                             self.sharpen, attention.working_dtype(x))
+        known = self.ahead.segments(segments)
+        sights = [self.ahead.see(attention.sight(tokens, causal=True, device=x.device, dtype=attention.working_dtype(x),
+                                                 window=window, segments=known, past=past, span=self.span,
+                                                 lengths=None if cache is None else cache.lengths), x)
+                  for window in ((cfg.window, None) if cfg.window is not None and cfg.full_layers else (cfg.window,))]
+        alone = real_in(self, known)
         if alone is not None:
-            sights = [see._replace(real=alone) for see in sights]
-            x = alone.collect(x)
+            x, sights = alone.collect(x), [see._replace(real=alone) for see in sights]
             rotary = None if rotary is None else (alone.collect(rotary[0]), alone.collect(rotary[1]))
         for i, block in numbered(self.blocks):
             see = sights[0] if i >= cfg.full_layers else sights[-1]
@@ -349,8 +342,7 @@ class DecoderModel(nn.Module):
         if labels is None:
             x = self.norm(x[:, -1:] if last else x)
             return {"logits": self._all(x, table), "hidden": x}
-        chosen = labels if weights is None else weights
-        index = head.learned(chosen, everything=weights is None)
+        index = head.learned(labels if weights is None else weights, everything=weights is None)
         x = self.norm(head.select(x.flatten(0, 1), index))                      # [N, D]
         return speak("lm", x, rounded.seen(table), labels, weights, index=index, **of)
 

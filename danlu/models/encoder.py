@@ -26,7 +26,7 @@ from danlu.nn.mlp import MLP, Activation, activate
 from danlu.nn.paths import Choice
 from danlu.nn.taps import Taps
 from danlu.nn.tasks import Head, Heads, TaskHead, pooled
-from danlu.nn.unpadded import real
+from danlu.nn.unpadded import real_in
 from danlu.words import _
 
 Family = Literal["bert", "roberta"]
@@ -265,13 +265,11 @@ class EncoderModel(nn.Module):
 
     def through(self, x: Tensor, segments: Tensor | None) -> Tensor:
         """Return what the last block makes of x [B, T, D]."""
-        see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=self.ahead.segments(segments),
+        known = self.ahead.segments(segments)
+        see = attention.sight(x.shape[1] * self.strip.size, causal=False, device=x.device, segments=known,
                               dtype=attention.working_dtype(x), span=self.span)
-        see = self.ahead.see(see, x)
-        if self.unpadded and self.span is None and self.strip.size == 1 and not self.taps.listening:
-            see = see._replace(real=real(self.ahead.segments(segments)))
-        if see.real is not None:
-            x = see.real.collect(x)
+        see = self.ahead.see(see, x)._replace(real=real_in(self, known))
+        x = x if see.real is None else see.real.collect(x)
         for i, block in numbered(self.blocks):
             x = self.taps.take(i, block(x, see))
         return x if see.real is None else see.real.spread(x)

@@ -39,6 +39,13 @@ def real(segments: Tensor | None) -> Real | None:
     return None if len(index) in (0, segments.numel()) else Real(index, *segments.shape)
 
 
+def real_in(model: Any, segments: Tensor | None) -> Real | None:
+    """Return what `real` does for a model that is to leave padding out; None where others need the rows whole."""
+    if not model.unpadded or model.span is not None or model.strip.size > 1 or model.taps.listening:
+        return None
+    return real(segments)
+
+
 def _collected(x: Tensor, where: Real) -> Tensor:
     return x.flatten(0, 1).index_select(0, where.places)[None]
 

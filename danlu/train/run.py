@@ -75,13 +75,11 @@ def train(run: Run) -> Path:
         check_reload(run, work, data, choice)
     watchdog = Watchdog(run.out, run.guard.hang, world)
     with listening() as asked, watched(), watchdog:
-        steps = Steps(work.rows, work.engine.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
-                      seed=run.seed, position=work.progress.position, share=(world.index("dp"), run.layout.dp), tight=run.tight)
-        feed = batches(steps, workers=run.workers)
+        feed = batches(steps_of(run, work, data), workers=run.workers)
         saver = Saver(run, work, data, choice, last=found)
         try:
-            loop = Loop(work.engine, work.optimizer, work.plan, hooks(run, work, data, saver, watchdog, meter), work.guard,
-                        work.progress, metrics, run.out,
+            calls = hooks(run, work, data, saver, beats=(watchdog, meter))
+            loop = Loop(work.engine, work.optimizer, work.plan, calls, work.guard, work.progress, metrics, run.out,
                         outer=Outer(run.layout.local, work.engine.leaves, world) if run.layout.local is not None else None)
             loop.fit(feed, recorded=recorded if receipt.same_machine(found, run) else {}, asked=asked)
             watchdog.beat(work.progress.step, "save")
@@ -92,19 +90,32 @@ def train(run: Run) -> Path:
         finally:
             saver.writer.wait()
             metrics.close()
-    sparsity = {} if work.engine.zeros is None else {"sparsity": work.engine.zeros.share}
+    conclude(run, work, meter, told)
+    parallel.leave()
+    return last
+
+
+def steps_of(run: Run, work: Work, data: Data) -> Steps:
+    """Return the batches of this process from where the run is."""
+    return Steps(work.rows, work.engine.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length,
+                 seed=run.seed, position=work.progress.position, tight=run.tight,
+                 share=(work.engine.world.index("dp"), run.layout.dp))
+
+
+def conclude(run: Run, work: Work, meter: Meter, told: Any) -> None:
+    """Leave figures, predictions, what the run has needed, and the report.  told: what was forgotten, if it was asked."""
+    world, zeros = work.engine.world, work.engine.zeros
     if world.main:
-        receipt.finish(run.out, {**work.progress.evaluation, **({"forgetting": told} if told else {}), **sparsity,
+        receipt.finish(run.out, {**work.progress.evaluation, **({"forgetting": told} if told else {}),
+                                 **({} if zeros is None else {"sparsity": zeros.share}),
                                  "steps": work.progress.step, "tokens": work.progress.tokens})
     with meter.during("results"):
         leave_results(run, work)
-    measured = meter.record(world)
+    needed = meter.record(world)
     if world.main:
-        receipt.add(run.out, {"measured": measured})
+        receipt.add(run.out, {"measured": needed})
     if run.report and world.main:
         say(_("report: {file}").format(file=report.write(run.out)))
-    parallel.leave()
-    return last
 
 
 def leave_results(run: Run, work: Work) -> None:
@@ -191,9 +202,9 @@ def _given(steps: Steps, work: Work, alive: Callable[[], None]) -> Iterator[Batc
         yield work.engine.to_device(batch)
 
 
-def hooks(run: Run, work: Work, data: Data, saver: Saver, watchdog: Watchdog, meter: Meter) -> Hooks:
-    """Return what the loop calls out for."""
-    started, size = work.progress.step, 0
+def hooks(run: Run, work: Work, data: Data, saver: Saver, *, beats: tuple[Watchdog, Meter]) -> Hooks:
+    """Return what the loop calls out for; beats: who is told what it does."""
+    (watchdog, meter), started, size = beats, work.progress.step, 0
 
     def writing() -> None:
         nonlocal size

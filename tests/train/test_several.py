@@ -50,8 +50,8 @@ def made(run: Run) -> tuple[Run, Work]:
 
 def test_every_task_is_learned_judged_and_kept(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    last = train(three(files, out, steps=90, rows=24, metric="mood/accuracy",
-                       every={"log": 1, "evaluate": 30}))
+    last = train(three(files, out, steps=240, rows=24, metric="mood/accuracy",
+                       every={"log": 1, "evaluate": 60}))
     told = [line for line in several.lines(out) if "eval/loss" in line]
     assert {"eval/mood/accuracy", "eval/mood/loss", "eval/stars/pearson", "eval/stars/loss", "eval/words/loss",
             "eval/words/perplexity"} <= told[-1].keys()
