@@ -26,6 +26,7 @@ from danlu import files
 PHASES = ("load", "evaluate", "step", "save", "resume")
 PROMISED = ("evaluate", "step", "save", "resume")       # whose bounds are 1 and MOST
 MOST, USUAL, NEAR = 1.15, 0.07, 0.15
+WHOLE = ("muon", "adafactor", "lamb")                   # optimizers that want whole matrices
 STEPS, FLOPS = 5, 2e12                                  # of a cell, forward and backward, at most
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 WORDS, HELD_OUT = 700, 0.04
@@ -65,16 +66,16 @@ def possible(of: dict[str, Any]) -> bool:
             and 2 * parameters * 10_000 * 3 * (4 if of["precision"] == "bf16" else 1) <= FLOPS
             and of["rows"] % (of["micro"] * layout.get("dp", 1)) == 0
             and (alone or (of["way"] in ("full", "lora") and of["objective"] == "lm"))
-            and not (layout.get("shard") and of["optim"] in ("muon", "adafactor", "lamb"))
-            and not (layout.get("tp") and (of["optim"] in ("muon", "adafactor", "lamb") or of["way"] != "full" or of["family"] == "bert"))
+            and not (layout.get("shard") and of["optim"] in WHOLE)
+            and not (layout.get("tp") and (of["optim"] in WHOLE or of["way"] != "full" or of["family"] == "bert"))
             and (of["way"] != "prompt" or alone))
 
 
 def described(of: dict[str, Any]) -> str:
     """Return a cell in one line."""
-    return " ".join(map(str, (of["family"], f"{of['width']}×{of['layers']}", f"v{of['vocab']}", f"{of['rows']}×{of['length']}",
-                              f"m{of['micro']}", of["way"], of["precision"], f"re={of['recompute']}", of["optim"], of["objective"],
-                              of["processes"])))
+    return " ".join(map(str, (
+        of["family"], f"{of['width']}×{of['layers']}", f"v{of['vocab']}", f"{of['rows']}×{of['length']}", f"m{of['micro']}",
+        of["way"], of["precision"], f"re={of['recompute']}", of["optim"], of["objective"], of["processes"])))
 
 
 def model_of(of: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def recipe(of: dict[str, Any], place: Path, shared: Path) -> dict[str, Any]:
     """Return the recipe of a cell, whose run folder is in `place`."""
     objective = {"lm": "masked_lm" if of["family"] == "bert" else "causal_lm", "classify": "classify"}[of["objective"]]
     made: dict[str, Any] = {
-        "out": str(place / "run"), "data": [{"path": prepared(objective, of, shared)}], "objective": {"kind": objective}, "optim": {"kind": of["optim"], "lr": RATES.get(of["optim"], 1e-2)},
+        "out": str(place / "run"), "data": [{"path": prepared(objective, of, shared)}],
+        "objective": {"kind": objective}, "optim": {"kind": of["optim"], "lr": RATES.get(of["optim"], 1e-2)},
         "schedule": {"kind": "constant"}, "rows": of["rows"], "length": of["length"], "steps": STEPS,
         "overlong": "cut" if objective == "classify" or of["way"] == "prompt" else "split", "precision": of["precision"],
         "recompute": of["recompute"], "layout": {**PROCESSES[of["processes"]], "micro": of["micro"]}, "device": "cpu",
@@ -109,9 +111,10 @@ def prepared(objective: str, of: dict[str, Any], shared: Path) -> str:
         from danlu.train.intake import taken_in
         from danlu.train.recipe import Run
 
+        file = shared / ("rows.csv" if objective == "classify" else "rows.txt")
         made = taken_in(validate(Run, {
-            "out": str(shared / "intake"), "data": [{"path": str(shared / ("rows.csv" if objective == "classify" else "rows.txt"))}],
-            "tokenizer": str(shared / "tokenizer"), "objective": {"kind": objective}, "optim": {"kind": "sgd"}, "rows": 1, "steps": 1,
+            "out": str(shared / "intake"), "data": [{"path": str(file)}], "tokenizer": str(shared / "tokenizer"),
+            "objective": {"kind": objective}, "optim": {"kind": "sgd"}, "rows": 1, "steps": 1,
             "schedule": {"kind": "constant"}, "overlong": overlong, "length": of["length"], "held_out": HELD_OUT,
             "model": {"kind": "encoder" if objective == "masked_lm" else "decoder", "width": 8, "layers": 1, "heads": 1,
                       "context": LENGTHS[-1]}}))
@@ -203,8 +206,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             worst[name] = [min(worst[name][0], ratio), max(worst[name][1], ratio)]
         held += bool(ratios) and all(1 <= ratio <= MOST for name, ratio in ratios.items() if name in PROMISED)
         errors += [] if error is None else [abs(error)]
-        marks = [f"{line['peak'].get(name, 0) / 1e6:.0f} | " + (f"{ratios[name]:.3f}" + ("" if 1 <= ratios[name] <= MOST else " ✗")
-                                                                if name in ratios else "–") for name in PHASES]
+        told = {name: f"{ratio:.3f}" + ("" if 1 <= ratio <= MOST else " ✗") for name, ratio in ratios.items()}
+        marks = [f"{line['peak'].get(name, 0) / 1e6:.0f} | {told.get(name, '–')}" for name in PHASES]
         out.append(f"| {described(line['cell'])} | " + " | ".join(marks) + f" | {line['step_seconds']:.3f} | "
                    + ("–" if error is None else f"{error:+.1%}" + ("" if abs(error) <= NEAR else " ✗")) + " |")
     good = [line for line in lines if "failed" not in line]

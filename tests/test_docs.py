@@ -154,7 +154,7 @@ def check_recipe(verb: table.Verb, words: list[str], folder: Path) -> None:
         (folder / recipe).write_text(shown(page), encoding="utf-8")
     path = ROOT / recipe if (ROOT / recipe).is_file() else folder / recipe
     world = options["world"] if words[0] == "rehearse" else None
-    config.load(cls, path, [o for o in (*overrides, *spread(path, overrides, world)) if o != "a.b=c"])
+    config.load(cls, path, [o for o in (*overrides, *spread(path, overrides, world)) if o not in ("a.b=c", "plan=auto")])
 
 
 def recipes() -> Iterator[tuple[str, str]]:

@@ -31,8 +31,9 @@ MEGABYTES = 256                                          # of what is copied, wr
 def measure() -> Measured:
     """Return what this machine does; takes about a minute."""
     parallel.start(threads=None, device="cpu")
-    return Measured(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, threads=torch.get_num_threads(), processor=processor(),
-                    flops={name: products(name) for name in ("fp32", "bf16", "fp16")}, bandwidth=copying(), link=link(),
+    return Measured(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, threads=torch.get_num_threads(),
+                    processor=processor(), flops={name: products(name) for name in ("fp32", "bf16", "fp16")},
+                    bandwidth=copying(), link=link(),
                     disk=writing(), base=base())
 
 
@@ -79,7 +80,7 @@ def writing() -> float:
 
 
 def link() -> float | None:
-    """Return the bytes/s between two processes of this machine, as an all-reduce of both reaches it; None if they fail to meet."""
+    """Return the bytes/s between two processes of this machine, as an all-reduce reaches it; None if they fail to meet."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -121,8 +122,8 @@ def base() -> int:
                   "objective": {"kind": "causal_lm"}, "optim": {"kind": "adamw"}, "schedule": {"kind": "constant"}, "steps": 3,
                   "precision": "fp32", "device": "cpu", "overlong": "split", "audit": {"stop": []}}
         files.write_json(place / "recipe.json", recipe)
-        done = subprocess.run([sys.executable, "-m", "danlu", "train", str(place / "recipe.json")], capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run([sys.executable, "-m", "danlu", "train", str(place / "recipe.json")], capture_output=True,
+                              text=True, check=False)
         if done.returncode:
             raise ResourceError(_("a run of next to nothing failed: {why}").format(why=done.stderr.strip()[-300:]))
         return int(files.read_json(place / "run" / "run.json")["measured"]["peak"]["step"])

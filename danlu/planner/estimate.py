@@ -214,9 +214,9 @@ def _static(run: Run, one: Traced) -> tuple[int, int, int]:
     for parameter in one.parameters:
         shape = _resized(parameter, sizes).at(FIRST)
         count = math.prod(shape)
-        weights += count * parameter.size
+        weights += int(count * parameter.size)
         if parameter.name in one.trained:
-            gradients += count * parameter.size
+            gradients += int(count * parameter.size)
             optimizer += sum(math.prod(slot.at(shape)) * slot.size for slot in kept[parameter.name])
     return weights, gradients, optimizer
 

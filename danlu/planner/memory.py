@@ -1,8 +1,8 @@
 """What each phase of a run needs: of the device, of the host, of the disk, by part.
 
 Tensors are those of `rehearse`: the functions that train, on fake tensors.  The rest is what the process has beside them, and
-what its allocator adds; each has its cause, and none is chosen for a single run.  The constants below were fitted to seven real runs
-on one machine; runs that they were not fitted to have not been compared yet.
+what its allocator adds; each has its cause, and none is chosen for a single run.  The constants below were fitted to seven real
+runs on one machine; runs that they were not fitted to have not been compared yet.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def memory(run: Run, machine: Machine, rehearsal: Rehearsal, needs: dict[str, Ne
         if phase in ("merge", "export"):
             need = Need(0, 2 * kept["model"], kept["model"], 2 * kept["model"])
         elif need is None:
-            if (phase == "resume" and (run.layout.pp > 1 or not needs)) or (phase in ("step", "load", "save") and run.layout.pp > 1):
+            cut = run.layout.pp > 1
+            if (phase == "resume" and (cut or not needs)) or (phase in ("step", "load", "save") and cut):
                 need = _of_stage(rehearsal, phase)
             else:
                 continue

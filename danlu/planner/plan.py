@@ -1,4 +1,4 @@
-"""What a recipe will need on a machine: memory by phase, tokens, FLOPs, time, energy, money; whether it fits; what helps if not."""
+"""What a recipe will need on a machine: memory by phase, FLOPs, time, energy, money; whether it fits; what helps if not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from danlu.planner.memory import Memory, memory, stored
 from danlu.planner.rows import batches_of, repeated
 from danlu.rehearse import Rehearsal, rehearse, settled
 from danlu.rehearse.life import life
-from danlu.rehearse.trace import columns
+from danlu.rehearse.rows import columns
 from danlu.train import setup
 from danlu.train.recipe import Run
 from danlu.train.run import AT_ONCE
@@ -82,7 +82,8 @@ def shape(run: Run, vocab: int | None) -> Shape:
     """Return the run with what data and machine fill in.  vocab: ids of the tokenizer, where the data is not asked."""
     if vocab is not None:
         known = settled(run, vocab)
-        known = known.model_copy(update={"device": "cpu" if run.device == "auto" and not torch.cuda.is_available() else run.device})
+        if run.device == "auto" and not torch.cuda.is_available():
+            known = known.model_copy(update={"device": "cpu"})
         batch = repeated(columns(known), max(1, known.step_rows // known.layout.dp))
         most = repeated(batch, max(1, known.part_rows, AT_ONCE // known.length))
         return Shape(known, batch, most, known.steps or 1, 0, 0.0)
@@ -90,8 +91,8 @@ def shape(run: Run, vocab: int | None) -> Shape:
     device = torch.device("cuda" if run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available()) else "cpu")
     known, _choice = setup.settle(run, data, World(run.layout, device), None)
     if known.network.kind == "foreign":
-        raise ConfigError(_("{family} is a model of transformers, whose inside is not rehearsed").format(family=known.network.family),
-                          where=str(run.start), fix=_("let it train a few steps: steps=3"))
+        raise ConfigError(_("{family} is a model of transformers, whose inside is not rehearsed").format(
+            family=known.network.family), where=str(run.start), fix=_("let it train a few steps: steps=3"))
     known = known.model_copy(update={"device": device.type})
     began = time.perf_counter()
     batch, held = batches_of(known, data)
@@ -108,7 +109,8 @@ def plan(of: Shape, machine: Machine, *, probe: float | None = None) -> Plan:
     if run.layout.pp == 1:
         size = max(1, run.step_rows // run.layout.dp)
         batch = repeated(of.batch, size)
-        lived = life(run, batch, dict(of.held_out) if of.held_out is not None else None, copies=bool(run.every.save or run.every.best))
+        held_out = None if of.held_out is None else dict(of.held_out)
+        lived = life(run, batch, held_out, copies=bool(run.every.save or run.every.best))
         needs, flops, moved = blocks.needs(lived.events), lived.flops, lived.moved
         needs["resume"] = blocks.needs(life(run, batch, None, resumes=True, copies=False).events)["resume"]
     else:
@@ -217,4 +219,5 @@ def unfit(of: Shape, machine: Machine, found: Plan) -> ResourceError:
         _("the disk lacks room: {need:.2f} GB are needed").format(need=found.phases["save"].disk / 1e9) if found.lacks_disk else
         _("{phase} needs {need:.2f} GB of {room:.2f} GB that a device has room for").format(
             phase=found.worst, need=worst.resident / 1e9, room=found.room / 1e9),
-        where=found.machine.device.name, fix="; ".join(fix.line for fix in helps) or _("a smaller model, or a machine with more memory"))
+        where=found.machine.device.name,
+        fix="; ".join(fix.line for fix in helps) or _("a smaller model, or a machine with more memory"))

@@ -217,7 +217,7 @@ def _shape(run: Run, traces: Traces) -> _Shape:
 
 
 def _size(parameter: Spread) -> int:
-    return parameter.size * math.prod(parameter.shape)
+    return int(parameter.size * math.prod(parameter.shape))
 
 
 def _bound(shape: _Shape, layout: Layout, rows: int, recompute: str) -> float:

@@ -16,7 +16,7 @@ from danlu.adapt.targets import kept
 from danlu.nn import attention, paths
 from danlu.parallel import DTYPES
 from danlu.parallel.place import Placed
-from danlu.rehearse.ledger import Event, Ledger, following
+from danlu.rehearse.ledger import Event, Ledger, changed, following
 from danlu.rehearse.trace import materialise, placed_as, process, stand_ins
 from danlu.train import checkpoint
 from danlu.train.recipe import Run
@@ -50,8 +50,10 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
         ledger.log = []
         with stand_ins(run), fake, following(ledger):
             one = _Process(run, model, ledger)
-            given = {name: fake.from_tensor(column) for name, column in batch.items()}
-            told = None if held_out is None else {name: fake.from_tensor(column) for name, column in held_out.items()}
+            given: dict[str, Tensor] = {name: fake.from_tensor(column) for name, column in batch.items()}
+            told: dict[str, Tensor] | None = None
+            if held_out is not None:
+                told = {name: fake.from_tensor(column) for name, column in held_out.items()}
             one.load(given, twin, resumes=resumes)
             del twin
             if not resumes:
@@ -77,7 +79,8 @@ class _Process:
 
     def __init__(self, run: Run, model: Placed, ledger: Ledger) -> None:
         self.run, self.model, self.ledger = run, model, ledger
-        self.choice = paths.rule("cuda" if accelerated(run) else "cpu", DTYPES[run.precision], run.length, causal=run.network.causal)
+        self.choice = paths.rule("cuda" if accelerated(run) else "cpu", DTYPES[run.precision], run.length,
+                                 causal=run.network.causal)
         self.work = 0, 0
         self.spare: Any = None                           # the copies of the last save that training did not wait for
 
@@ -175,7 +178,9 @@ def begin(run: Run, model: Placed, ledger: Ledger, *, fill: bool = True) -> None
     materialise(run, model)
     if not fill:
         return
-    model.init(run.seed)
+    # this draws anew until no number is out of bounds; of fake numbers some always are
+    with changed(torch.nn.init, "trunc_normal_", lambda tensor, *bounds, generator=None, **more: tensor.normal_()):
+        model.init(run.seed)
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

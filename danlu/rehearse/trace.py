@@ -35,23 +35,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from danlu.adapt import quantize
 from danlu.adapt.lora import LoRA
-from danlu.errors import ConfigError
 from danlu.layout import Layout
 from danlu.nn import attention, head, paths, placed
 from danlu.nn.collective import numbered
-from danlu.objectives.lm import MaskedLM
-from danlu.objectives.mixture import Mixture
-from danlu.objectives.protocol import Objective
 from danlu.parallel import DTYPES, World
 from danlu.parallel.pipeline import ranges_of
 from danlu.parallel.place import Placed, place
 from danlu.parallel.world import meshed
 from danlu.rehearse.ledger import Kind, Ledger, Traffic, changed, following
 from danlu.rehearse.order import Action, alone, orders
+from danlu.rehearse.packed import BLOCK, NESTED, packable, packed, unpacked
+from danlu.rehearse.rows import columns, share
 from danlu.train import adapted
 from danlu.train.recipe import Run
 from danlu.train.step import Engine
-from danlu.words import _
 
 CPU = torch.device("cpu")
 BUCKETS = [2**20, 25 * 2**20]                            # bytes of DDP's first bucket, and of the others
@@ -161,31 +158,6 @@ def materialise(run: Run, model: Placed) -> None:
         root.to_empty(device="cpu")
 
 
-BLOCK, NESTED = 64, 256                                  # weights that share a scale; scales that share one
-
-
-def packed(weight: Tensor, kind: quantize.Bits) -> quantize.Packed:
-    """Return a matrix as bitsandbytes packs it, of the same sizes and without its numbers."""
-    size = weight.numel()
-    if kind == "int8":
-        return quantize.Packed(kind, torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight)), weight.shape)
-    scales = torch.empty(-(-size // BLOCK), dtype=torch.uint8), torch.empty(-(-size // BLOCK // NESTED))
-    return quantize.Packed(kind, torch.empty(-(-size // 2), dtype=torch.uint8), scales, weight.shape)
-
-
-def unpacked(self: quantize.Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Stand in for Packed.dense: the matrix, and what it takes to make it."""
-    if self.kind == "nf4":
-        torch.empty(-(-self.shape.numel() // BLOCK))
-    return torch.empty(self.shape).to(dtype)
-
-
-def packable(part: Any) -> list[torch.nn.Linear]:
-    """Return the linear layers of a model's blocks that a base in few bits packs."""
-    return [module for _number, block in numbered(part.blocks) for module in block.modules()
-            if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad]
-
-
 def spread(model: Placed, base: quantize.Bits | None = None) -> list[Spread]:
     """Return the parameters of a placed model, which is not packed yet.  base: how its base will be packed."""
     made = []
@@ -199,7 +171,8 @@ def spread(model: Placed, base: quantize.Bits | None = None) -> list[Spread]:
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
             axes, sizes, placements = tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), tuple(tensor.placements)
-        made.append(Spread(name, tuple(tensor.shape), width if id(parameter) in few else tensor.element_size(), axes, sizes, placements))
+        size = width if id(parameter) in few else tensor.element_size()
+        made.append(Spread(name, tuple(tensor.shape), size, axes, sizes, placements))
     return made
 
 
@@ -215,41 +188,6 @@ def groups(world: World) -> tuple[dict[str, str], dict[str, int]]:
     if world.ends is not None:
         axes[world.ends.group_name], sizes[world.ends.group_name] = "pp", 2
     return axes, sizes
-
-
-def columns(run: Run) -> dict[str, Tensor]:
-    """Return one micro-batch of one process, as the objective's `collate` shapes it; only shapes matter."""
-    rows, shape = run.part_rows, (run.part_rows, run.length)
-    whole = {name: torch.zeros(shape, dtype=torch.int64) for name in ("ids", "labels", "positions", "types")}
-    batch = whole | {"weights": torch.ones(shape), "segments": torch.ones(shape, dtype=torch.int32)}
-    for term in run.objective.terms:
-        if term in ("nsp", "sop"):
-            batch |= {term: torch.zeros(rows, dtype=torch.int64), f"{term}_weights": torch.ones(rows)}
-    tasks = run.objective.tasks()
-    if tasks:
-        batch |= _of_tasks(run, rows)
-        return {name: column for name, column in batch.items() if name not in ("labels", "weights", "segments")}
-    asked = {*run.objective.inputs, "weights"}
-    return {name: column for name, column in batch.items() if name in asked or name.startswith(("nsp", "sop"))}
-
-
-def _of_tasks(run: Run, rows: int) -> dict[str, Tensor]:
-    """Return the columns of a task: what is true of each row.  ConfigError for tasks whose rows only data tells."""
-    kind = run.objective.kind
-    if kind not in ("classify", "regress"):
-        raise ConfigError(_("rows of {kind} are read from data, which is not asked here").format(kind=kind), where="objective",
-                          fix=_("danlu plan reads the data of the recipe; leave --vocab out"))
-    several = getattr(run.objective, "several", False)
-    shape = (rows, len(run.objective.labels)) if several else (rows,)       # type: ignore[union-attr]
-    label = torch.zeros(shape, dtype=torch.float32 if several or kind == "regress" else torch.int64)
-    name = "label" if kind == "classify" else "score"
-    return {name: label, f"{name}_weights": torch.ones(shape), "ends": torch.zeros(rows, dtype=torch.int64)}
-
-
-def share(objective: Objective) -> float:
-    """Return the share of tokens that are learned from."""
-    parts = [part.objective for part in objective.parts] if isinstance(objective, Mixture) else [objective]
-    return next((part.rate for part in parts if isinstance(part, MaskedLM)), 1.0)
 
 
 @contextmanager

@@ -87,8 +87,8 @@ class Meter:
         """Return the figures, the largest of all processes, JSON-ready; all of them call this."""
         self.enter("other")
         usual = self.steps[FIRST:] or self.steps
-        held = torch.tensor([[float(self.peaks.get(name, 0)) for name in PHASES], [self.seconds.get(name, 0.0) for name in PHASES]],
-                            dtype=torch.float64)
+        held = torch.tensor([[float(self.peaks.get(name, 0)) for name in PHASES],
+                             [self.seconds.get(name, 0.0) for name in PHASES]], dtype=torch.float64)
         most = world.most(held).tolist()
         return {"peak": {name: int(value) for name, value in zip(PHASES, most[0], strict=True) if value and name != "other"},
                 "seconds": {name: value for name, value in zip(PHASES, most[1], strict=True) if value},

@@ -9,8 +9,8 @@ from danlu.verbs.rehearse import amount
 
 
 def main(file: Path | None, overrides: list[str], *, hardware: str | None, deadline: str | None, budget: str | None,
-         price: str | None, memory: str | None, vocab: int | None, probe: bool, model: str | None, tokens: str | None, rehearse: int,
-         as_json: bool) -> int:
+         price: str | None, memory: str | None, vocab: int | None, probe: bool, model: str | None, tokens: str | None,
+         rehearse: int, as_json: bool) -> int:
     """Print the plan: of a recipe as it stands, here; of the best ways to run it, with --hardware; or of a public model."""
     problems: list[str] = []
     asked = searched.asked(problems, hardware=hardware, deadline=deadline, budget=budget, price=price)

@@ -44,9 +44,9 @@ def recipe(file: Path | None, overrides: list[str], *, machine: Machine, vocab: 
 def show(found: Plan, helps: list[Fix]) -> None:
     """Print the tables and what follows from them."""
     console, record = Console(highlight=False), found.record()
+    counts = {name: count(record[name]) for name in ("parameters", "tokens", "flops")}
     console.print(_("{parameters} parameters · {steps} steps · {tokens} tokens · {flops} FLOPs a step · {precision} on {world} × "
-                    "{device}").format(parameters=count(record["parameters"]), steps=record["steps"], tokens=count(record["tokens"]),
-                                       flops=count(record["flops"]), precision=record["precision"], world=record["world"],
+                    "{device}").format(**counts, steps=record["steps"], precision=record["precision"], world=record["world"],
                                        device=found.machine.device.name), soft_wrap=True)
     table = Table(title=_("one process, by phase"), title_justify="left", box=None, pad_edge=False)
     for name in (_("phase"), _("memory"), _("disk"), _("parts")):

@@ -26,7 +26,8 @@ def planned(file: Path, overrides: list[str]) -> list[str]:
 
     run = config.load(Run, file, overrides)
     data, _lines = yamls.read(file)
-    given = {name for name in ("precision", "recompute") if name in data or any(w.lstrip("-").startswith(f"{name}=") for w in overrides)}
+    given = {name for name in ("precision", "recompute")
+             if name in data or any(word.lstrip("-").startswith(f"{name}=") for word in overrides)}
     micro = isinstance(data.get("layout"), dict) and "micro" in data["layout"]
     if micro or any(word.lstrip("-").startswith("layout.micro=") for word in overrides):
         given.add("layout.micro")
