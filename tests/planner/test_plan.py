@@ -81,6 +81,7 @@ def test_a_base_in_four_bits_is_an_eighth_and_its_scales() -> None:
     assert isinstance(found, quantize.Packed)
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_told_with_changes_that_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of, found = planned(rows=64, length=64)
     small = here().model_copy(update={"device": found.machine.device.model_copy(
