@@ -52,7 +52,7 @@ def read(run: Path, name: str) -> Told | None:
         raise DataError(_("{name} is larger than this page shows").format(name=name))
     try:
         told = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)     # JSON has no NaN, and browsers refuse it
-    except (OSError, ValueError):                        # being written, perhaps
+    except (OSError, ValueError, RecursionError):        # being written, perhaps
         raise DataError(_("{name} cannot be read").format(name=name)) from None
     return told if isinstance(told, dict) else {"": told}
 
