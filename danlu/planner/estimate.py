@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from danlu.layout import Layout
 from danlu.models.build import Config, build
 from danlu.parallel.pipeline import bounds, head_cost
-from danlu.planner.few_bits import packed
 from danlu.planner.hardware import Machine
 from danlu.rehearse import slots
 from danlu.rehearse.ledger import Traffic
@@ -63,7 +62,6 @@ class Basis(NamedTuple):
 
     few: Traced
     more: Traced
-    packed: tuple[int, int] = (0, 0)                     # bytes of matrices in few bits, which are no parameters
 
 
 class Traces:
@@ -78,11 +76,9 @@ class Traces:
         if name not in self.made:
             gc.collect()
             gc.freeze()                                  # or every mark of a trace would look through all of it
-            with packed(run) as sizes:
-                few, more = _traced(reduced(run, FEW)), _traced(reduced(run, FEW + 1))
+            few, more = _traced(reduced(run, FEW)), _traced(reduced(run, FEW + 1))
             gc.unfreeze()
-            base = (sizes[0], sizes[1]) if sizes else (0, 0)              # a packed base is never cut into stages
-            self.made[name] = tuple(Basis(a, b, base) for a, b in zip(few, more, strict=True))
+            self.made[name] = tuple(Basis(a, b) for a, b in zip(few, more, strict=True))
         return self.made[name]
 
     def knows(self, run: Run) -> bool:
@@ -135,13 +131,13 @@ class Part(NamedTuple):
 
     def static(self) -> tuple[int, int, int]:
         """Return the bytes of weights, gradients and optimizer of the first process."""
-        few, more = (_static(self.run, each) for each in self.basis[:2])
+        few, more = (_static(self.run, each) for each in self.basis)
         weights, gradients, optimizer = (_line(a, b, self.blocks) for a, b in zip(few, more, strict=True))
-        return weights + _line(*self.basis.packed, self.blocks), gradients, optimizer
+        return weights, gradients, optimizer
 
     def peak(self, waiting: int) -> tuple[int, int]:
         """Return the peak beside weights and optimizer, and the activations then; waiting: micro-batches on their way."""
-        a, b = (each.stages[0].passes[-1] for each in self.basis[:2])
+        a, b = (each.stages[0].passes[-1] for each in self.basis)
         kept, beyond = waiting * _line(a.kept, b.kept, self.blocks), max(0, self.blocks - FEW - 1)
         backward = (a if self.blocks <= FEW else b).backward + beyond * self.more(a, b)
         forward = (a.forward - a.kept) if self.blocks <= FEW else b.forward - b.kept
@@ -162,15 +158,18 @@ class Part(NamedTuple):
             return max(self.copies(), b.backward - a.backward)
         if self.run.layout.micro > 1:
             return 0.0
-        one, two = (_static(self.run, each)[1] for each in self.basis[:2])
+        one, two = (_static(self.run, each)[1] for each in self.basis)
         return max(0, two - one - (b.kept - a.kept))
 
     def copies(self) -> int:
-        """Return the bytes of a block's matrices in 16 bits, which recomputing makes again and autocast keeps to the end."""
+        """Return the bytes of a block's trained matrices in 16 bits, which recomputing makes again and autocast keeps to the end.
+
+        Of what is frozen autocast keeps no copy.
+        """
         if self.run.recompute == "none" or self.run.precision == "fp32":
             return 0
         one, two = (sum(2 * math.prod(_resized(p, axis_sizes(self.run.layout)).at(FIRST)) for p in each.parameters
-                        if len(p.shape) == 2) for each in self.basis[:2])
+                        if len(p.shape) == 2 and p.name in each.trained) for each in self.basis)
         return max(0, two - one)
 
     def held(self, waiting: int) -> Held:
@@ -190,7 +189,7 @@ class Part(NamedTuple):
 
     def traffic(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Return how many collectives of a step there are and their bytes, by axis and kind."""
-        one, two = (_traffic(self.run, each) for each in self.basis[:2])
+        one, two = (_traffic(self.run, each) for each in self.basis)
         return {(kind.axis, kind.name): (_line(one.counts[kind], two.counts[kind], self.blocks),
                                          _line(one.bytes[kind], two.bytes[kind], self.blocks)) for kind in two.counts}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -190,7 +191,13 @@ class Slot(NamedTuple):
 
 def slots(optim: Optim, ranks: dict[str, int]) -> dict[str, list[Slot]]:
     """Return what an optimizer keeps for each parameter of so many dimensions: it makes one step on small ones."""
-    small = {name: nn.Parameter(torch.ones(PROBE[-rank:])) for name, rank in ranks.items()}
+    return _tried(type(optim), optim.model_dump_json(), tuple(ranks.items()))
+
+
+@lru_cache(64)
+def _tried(kind: type[Optim], settings: str, ranks: tuple[tuple[str, int], ...]) -> dict[str, list[Slot]]:
+    optim = kind.model_validate_json(settings)
+    small = {name: nn.Parameter(torch.ones(PROBE[-rank:])) for name, rank in ranks}
     optimizer = optim.build(small.items())
     for parameter in small.values():
         parameter.grad = torch.full_like(parameter, 0.1)

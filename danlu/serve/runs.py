@@ -15,6 +15,7 @@ from danlu.words import _
 
 Told = dict[str, Any]
 RECEIPT, CURVES = "run.json", "metrics.jsonl"
+NO_NUMBERS = ("nan", "inf", "-inf")                      # as curves hold them
 TABLES = {"audit": "audit.json", "plan": "plan.json"}
 MOST = 500                                               # runs that are listed
 PIECE = 1 << 20                                          # bytes of curves in an answer
@@ -98,9 +99,9 @@ def grown(run: Path, start: int, number: int) -> Told:
     for line in whole.splitlines():
         try:
             row = json.loads(line, parse_constant=lambda name: None)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            lines.append({key: value for key, value in row.items() if isinstance(value, int | float)})
+            lines.append({key: value for key, value in row.items() if isinstance(value, int | float) or value in NO_NUMBERS})
     return {"lines": lines, "next": begin + len(whole), "file": state.st_ino, "again": again,
             "more": len(piece) == PIECE and bool(whole)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +82,10 @@ def test_the_same_question_has_the_same_answer_and_its_lines_load() -> None:
     assert abs(off) <= WITHIN and rehearsal.parameters > 0
 
 
-def test_a_thousand_devices_take_less_than_ten_seconds() -> None:
+def test_a_thousand_devices_take_few_traces() -> None:
     run = pretraining(public("gpt3-175b").config.model_copy(update={"vocab": 50304}), length=2048, rows=1536)
-    began = time.process_time()                          # of this process: others may run beside it
     found = search(run, parse("1024xA100"), steps=100_000)
-    assert time.process_time() - began < 10
+    assert found.traced <= 5                             # which is what a search spends its seconds on
     best = found.best[0]
     assert found.looked > 1000 and best.fits and best.run.layout.tp > 1 and best.run.layout.world > 900
 
@@ -121,8 +119,8 @@ def test_the_verb_prints_lines_to_paste(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*words, "--price", "2", "--json", "--rehearse", "1"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert read["plans"][0]["meets"] and abs(read["rehearsed"][0]["estimate_above"]) <= WITHIN
-    assert main(["plan", str(file)]) == 2
-    assert "--hardware" in capsys.readouterr().err
+    assert main([*words[:2], "--hardware", "4xNOTHING"]) == 2
+    assert "NOTHING" in capsys.readouterr().err
 
 
 def test_a_ring_is_as_fast_as_what_it_crosses() -> None:

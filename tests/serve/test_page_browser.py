@@ -143,6 +143,10 @@ def test_a_curve_grows_while_it_is_looked_at(opened: Any, writer: At, runs: Path
     page.wait_for_selector("#run-curve svg[data-points='5']")
     assert page.locator("#run-curve polyline").get_attribute("points").count(",") == 5
     assert page.input_value("#run-key") == "train/loss"
+    with (runs / "two" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/loss": "nan"}\n' + "[" * 100_000 + "\n")
+    page.wait_for_selector("#run-curve svg[data-breaks='1']")
+    assert page.locator("#run-curve .broke").text_content() == "nan"
     (runs / "two" / "metrics.jsonl").unlink()            # it went on from an older checkpoint
     for step in (1, 2):
         line(runs / "two", step)

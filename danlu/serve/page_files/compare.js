@@ -29,7 +29,7 @@ export async function show(names) {
   const found = await Promise.all(both.map(curves));
   options(by("compare-key"), [...new Set(found.flatMap((one) => one.keys()))]);
   const key = by("compare-key").value;
-  draw(by("compare-curve"), key, found.map((one) => [one.name, one.points(key)]));
+  draw(by("compare-curve"), key, found.map((one) => one.series(key)));
   const [one, other] = await Promise.all(both.map(async (name) => {
     const told = await got(runPath(name));
     return flat({ recipe: told.recipe, results: told.results, parameters: told.facts.parameters ?? null, tokenizer: told.facts.tokenizer ?? null }, "", new Map());

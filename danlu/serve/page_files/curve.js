@@ -32,6 +32,12 @@ export class Curves {
   points(key) {
     return this.lines.filter((line) => Number.isFinite(line[key]) && Number.isFinite(line.step)).map((line) => [line.step, line[key]]);
   }
+
+  broken(key) {                            // where it was no number: NaN or infinite
+    return this.lines.filter((line) => typeof line[key] === "string" && Number.isFinite(line.step)).map((line) => [line.step, line[key]]);
+  }
+
+  series(key) { return [this.name, this.points(key), this.broken(key)]; }
 }
 
 function svg(tag, attributes, text) {
@@ -56,14 +62,15 @@ function thinned(points) {                 // the ends, lows and highs of equal 
 const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(+value.toPrecision(4)));
 
 export function draw(place, key, named) {
-  const series = named.map(([name, points]) => [name, thinned(points), points.length]);
-  const every = series.flatMap(([, points]) => points);
+  const series = named.map(([name, points, broken]) => [name, thinned(points), points.length, broken]);
+  const every = series.flatMap(([, points]) => points), breaks = series.flatMap(([, , , broken]) => broken);
   const picture = svg("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img" });
-  const counts = series.map(([name, , count]) => `${name}: ${count}`).join(", ");
+  const counts = series.map(([name, , count, broken]) => `${name}: ${count}` + broken.slice(0, 3).map(([step, what]) => `, ${what} (${word("step")} ${step})`).join("")).join(", ");
   picture.append(svg("title", {}, `${key} – ${word("points")}: ${counts}`));
   picture.dataset.points = series.map(([, , count]) => count).join(",");
-  if (every.length) {
-    const bounds = (at) => every.reduce(([low, high], point) => [Math.min(low, point[at]), Math.max(high, point[at])], [Infinity, -Infinity]);
+  picture.dataset.breaks = series.map(([, , , broken]) => broken.length).join(",");
+  if (every.length || breaks.length) {
+    const bounds = (at) => (at ? (every.length ? every : [[0, 0]]) : every.concat(breaks)).reduce(([low, high], point) => [Math.min(low, point[at]), Math.max(high, point[at])], [Infinity, -Infinity]);
     const [x0, x1] = bounds(0), [y0, y1] = bounds(1);
     const x = (value) => LEFT + (WIDE - LEFT - 12) * (x1 > x0 ? (value - x0) / (x1 - x0) : 0.5);
     const y = (value) => HIGH - BOTTOM - (HIGH - BOTTOM - TOP) * (y1 > y0 ? (value - y0) / (y1 - y0) : 0.5);
@@ -72,6 +79,10 @@ export function draw(place, key, named) {
       picture.append(svg("line", { class: "axis", x1: LEFT, x2: WIDE - 12, y1: y(high), y2: y(high) }));
       picture.append(svg("text", { x: LEFT - 6, y: y(high) + 4, "text-anchor": "end" }, short(high)));
       picture.append(svg("text", { x: x(far), y: HIGH - 10, "text-anchor": share ? (share === 1 ? "end" : "middle") : "start" }, short(far) + (share === 1 ? " " + word("step") : "")));
+    }
+    for (const [step, what] of breaks.slice(0, MOST)) {
+      picture.append(svg("line", { class: "break", x1: x(step), x2: x(step), y1: TOP, y2: HIGH - BOTTOM }));
+      if (step === breaks[0][0]) picture.append(svg("text", { class: "broke", x: x(step) - 4, y: TOP + 12, "text-anchor": "end" }, what));
     }
     for (const [number, [name, points]] of series.entries()) {
       picture.append(svg("polyline", { class: "line" + number, points: points.map(([a, b]) => x(a).toFixed(1) + "," + y(b).toFixed(1)).join(" ") }));

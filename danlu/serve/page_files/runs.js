@@ -29,7 +29,7 @@ function choose(name) {
 export function redraw() {
   if (!shown) return;
   options(by("run-key"), shown.keys());
-  draw(by("run-curve"), by("run-key").value, [[shown.name, shown.points(by("run-key").value)]]);
+  draw(by("run-curve"), by("run-key").value, [shown.series(by("run-key").value)]);
 }
 
 export async function refresh() {
