@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -72,6 +74,19 @@ def give_back() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):       # another libc (musl) gives back by itself
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def old_objects_apart() -> Iterator[None]:
+    """Let collections of garbage look only at what is made from now on: all objects of a process take 0.2 s each time."""
+    first = gc.get_freeze_count() == 0
+    gc.collect()                                         # or garbage of before would stay until the end
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if first:
+            gc.unfreeze()
 
 
 def fastest(device: torch.device) -> Precision:

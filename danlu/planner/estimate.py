@@ -8,7 +8,6 @@ gathered ahead is there); shapes say what shards hold.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -74,10 +73,7 @@ class Traces:
         """Return the basis of the whole model, or of the first and the last stage."""
         name = key(run)
         if name not in self.made:
-            gc.collect()
-            gc.freeze()                                  # or every mark of a trace would look through all of it
             few, more = _traced(reduced(run, FEW)), _traced(reduced(run, FEW + 1))
-            gc.unfreeze()
             self.made[name] = tuple(Basis(a, b) for a, b in zip(few, more, strict=True))
         return self.made[name]
 

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from danlu.parallel import old_objects_apart
+
 KINDS = {"all_reduce": "all-reduce", "allreduce": "all-reduce", "all_gather": "all-gather", "allgather": "all-gather",
          "reduce_scatter": "reduce-scatter", "broadcast": "broadcast", "all_to_all": "all-to-all", "alltoall": "all-to-all"}
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -218,7 +220,9 @@ def following(ledger: Ledger) -> Iterator[Ledger]:
         return made
 
     # DTensor tries an operation on whole shapes when it meets it first; it does so under this lock
-    with changed(ShardingPropagator, "_fake_mode_lock", Pause(ledger)), changed(torch.UntypedStorage, "resize_", resize_), ledger:
+    # nor need every mark look through all that there was before
+    with (changed(ShardingPropagator, "_fake_mode_lock", Pause(ledger)), changed(torch.UntypedStorage, "resize_", resize_),
+          ledger, old_objects_apart()):
         yield ledger
 
 

@@ -67,6 +67,8 @@ class Meter:
             self.steps.append(taken) if before == "data" or not self.steps else self.steps.__setitem__(-1, self.steps[-1] + taken)
         if phase != before and not {phase, before} <= STEADY:
             gc.collect()                                 # what only a cycle keeps would stay for an unknown time
+            if before == "load" and gc.get_freeze_count():
+                gc.freeze()
             parallel.give_back()
         if phase != before:
             self.peaks[before] = max(self.peaks.get(before, 0), peak())

@@ -40,6 +40,7 @@ from danlu.words import _
 AT_ONCE = 8192                                           # tokens of a batch that is only measured, at least
 
 
+@parallel.old_objects_apart()
 def train(run: Run) -> Path:
     """Train as `run` says, or go on where an interrupted run of the same folder stopped; return the last checkpoint."""
     meter = Meter()
