@@ -132,6 +132,7 @@ def test_an_adapter_is_merged_on_the_way(writer: Subject, tmp_path: Path) -> Non
     assert np.abs(plain.detach().numpy() - merged).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_folders_hold_what_each_runtime_looks_for(writer: Subject, classifier: Subject, tmp_path: Path) -> None:
     """vLLM, SGLang and TGI serve the folder of `--to hf`; optimum that of `--to onnx`."""
     beside = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

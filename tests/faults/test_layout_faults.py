@@ -242,6 +242,7 @@ def test_one_process_and_two_train_on_the_same_rows(references: Callable[..., Pa
     assert len(set(keys)) == len(keys) == STEPS * ROWS, "each row once"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_nothing_changes(start: Callable[..., Started],
                                                               references: Callable[..., Path]) -> None:
     run = start(*COPIES, fault="rank1.train.step:kill:15")

@@ -155,6 +155,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_decoder_trains_goes_on_and_is_judged(corpus: Path, opt: Path, tmp_path: Path) -> None:
     about = {"data": [{"path": str(corpus)}], "objective": "causal_lm"}
     (tmp_path / "recipe.yaml").write_text(config.to_yaml(recipe(tmp_path / "run", opt, **about), only_set=True))

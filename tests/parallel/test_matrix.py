@@ -52,11 +52,13 @@ def test_the_common_layouts_change_nothing() -> None:
     judge(together(4, *QUICK), len(matrix.MODELS) * (len(QUICK) - 1) + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_common_layouts_change_no_adapter() -> None:
     judge(together(4, "adapters", *ADAPTED), sum(len(matrix.possible(layout_of(case))) for case in ADAPTED))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_common_layouts_change_no_head() -> None:
     quick = ("fsdp", "tp+sp", "pp 1f1b")

@@ -97,6 +97,7 @@ def test_a_real_study_of_three_trials(recipe: Path, tmp_path: Path, monkeypatch:
     assert [each.params for each in again] == [line["values"] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_one_failed_trial(recipe: Path, tmp_path: Path) -> None:
     out, good = tmp_path / "tune", config.load(Run, recipe).data[0].path
     ended = danlu("tune", recipe, "--trials", 9, "--sampler", "grid", "--pruner", "none", "--search",
