@@ -33,6 +33,18 @@ class Sight(NamedTuple):
     bias: Tensor | None         # [B or 1, 1, T, S] added to the scores: 0 seen, -inf not.  None: `causal` says it all
     real: Real | None = None    # where the tokens stand in rows, if padding has been left out of x
 
+    def parts(self) -> list[Sight]:
+        """Return what the rows of each part see, of keys that are ahead of the tokens, too."""
+        assert self.real is not None
+        made = []
+        for part in self.real.parts:
+            bias, tokens = self.bias, part.inside.tokens
+            if bias is not None:
+                seen = bias.shape[-1] - self.real.tokens + tokens
+                bias = (bias if len(bias) == 1 else bias[part.chosen])[..., :tokens, :seen]
+            made.append(self._replace(bias=bias, real=part.inside))
+        return made
+
 
 def sight(tokens: int, *, causal: bool, device: str | torch.device, dtype: torch.dtype, window: int | None = None,
           segments: Tensor | None = None, past: int = 0, lengths: Tensor | None = None, span: Span | None = None) -> Sight:
@@ -134,6 +146,17 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if see.real is not None and see.real.parts and self.watch is None:
+            counts = [part.extent for part in see.real.parts]
+            pieces = zip(see.parts(), q.split(counts, 1), k.split(counts, 1), v.split(counts, 1), strict=True)
+            out = torch.cat([self._seen(*piece, past=None) for piece in pieces], 1)
+        else:
+            out = self._seen(see, q, k, v, past=past)
+        out = self.o(out.flatten(-2))
+        return out if self.after is None else self.after(out)   # type: ignore[no-any-return]
+
+    def _seen(self, see: Sight, q: Tensor, k: Tensor, v: Tensor, *, past: Past | StepPast | None) -> Tensor:
+        """Return what queries see [B, T, H, K], or [1, N, H, K] of the real tokens alone."""
         if see.real is not None:
             q, k, v = see.real.spread(q), see.real.spread(k), see.real.spread(v)
         if past is not None:
@@ -146,9 +169,7 @@ class Attention(nn.Module):
             self.watch.append(probabilities(q.to(v.dtype), k.to(v.dtype), see))
         dropout = self.dropout if self.training else 0.0
         out = attend(q.to(v.dtype), k.to(v.dtype), v, see, self.path, dropout=dropout)
-        out = out if see.real is None else see.real.collect(out)
-        out = self.o(out.flatten(-2))
-        return out if self.after is None else self.after(out)   # type: ignore[no-any-return]
+        return out if see.real is None else see.real.collect(out)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, see: Sight, path: str, *, dropout: float = 0.0) -> Tensor:

@@ -1,24 +1,38 @@
 """Rows without their padding: the real tokens of a batch one after the other, for all that looks at one token at a time.
 
 Only attention sees the rows; it gets queries, keys and values in their places, and what it says is collected again.  So short
-rows beside long ones cost what their tokens cost.  B rows, T tokens, N real ones among them.
+rows beside long ones cost what their tokens cost.  Attention, in turn, takes rows of like length together, where that saves
+enough.  B rows, T tokens, N real ones among them.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+WORTH = 4096                                            # scores of a head that take as long as another part's calls
+PARTS = 4
+
+
+class Part(NamedTuple):
+    """Rows of like length, whose tokens follow one another among the real ones."""
+
+    chosen: Tensor                                      # [b] which rows
+    extent: int                                         # of their tokens
+    inside: Real                                        # where those stand in rows as short as these allow
+
 
 class Real(NamedTuple):
-    """Where the real tokens of a batch stand."""
+    """Where the real tokens of a batch stand, those of one row after those of another."""
 
     places: Tensor                                      # [N] of [B · T]
     rows: int
     tokens: int
+    parts: tuple[Part, ...] = ()                        # which attention takes one after the other; (): all at once
 
     def collect(self, x: Tensor) -> Tensor:
         """Return the real tokens [1, N, …] of x [B, T, …], or of x [1, T, …], which stands for every row."""
@@ -36,7 +50,38 @@ def real(segments: Tensor | None) -> Real | None:
     if segments is None:
         return None
     index = segments.flatten().nonzero()[:, 0]
-    return None if len(index) in (0, segments.numel()) else Real(index, *segments.shape)
+    if len(index) in (0, segments.numel()):
+        return None
+    rows, tokens = segments.shape
+    lengths = (segments != 0).sum(-1)
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[order].tolist()
+    cuts = _cuts(sizes)
+    column = torch.arange(tokens, device=segments.device)
+    if not cuts or bool((index % tokens >= lengths[index // tokens]).any()):     # what is not at a row's start
+        return Real(index, rows, tokens)
+    parts = []
+    for first, last in itertools.pairwise([0, *cuts, rows]):
+        own = lengths[order[first:last], None] > column[: sizes[first]]
+        parts.append(Part(order[first:last], sum(sizes[first:last]), Real(own.flatten().nonzero()[:, 0], *own.shape)))
+    places = (order[:, None] * tokens + column)[lengths[order, None] > column]
+    return Real(places, rows, tokens, tuple(parts))
+
+
+def _cuts(sizes: list[int]) -> list[int]:
+    """Return where to cut rows, the longest first, so that the squares of each part's longest cost least."""
+    def halved(first: int, last: int) -> tuple[int, int]:
+        saved = [(last - at) * (sizes[first] ** 2 - sizes[at] ** 2) for at in range(first + 1, last)]
+        best = max(range(len(saved)), key=saved.__getitem__, default=0)
+        return (saved[best], first + 1 + best) if saved else (0, first)
+
+    cuts: list[int] = []
+    while len(cuts) < PARTS - 1:
+        saved, at = max(halved(first, last) for first, last in itertools.pairwise([0, *cuts, len(sizes)]))
+        if saved <= WORTH:
+            break
+        cuts = sorted([*cuts, at])
+    return cuts
 
 
 def real_in(model: Any, segments: Tensor | None) -> Real | None:
