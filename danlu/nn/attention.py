@@ -238,21 +238,29 @@ class Blocks(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors                                  # [B*G, R, T, K], [B*G, S, K] twice
         batch, heads, scale = grad.shape[0], k.shape[0] // grad.shape[0], q.shape[-1] ** -0.5
         grad = _by_head(grad, heads)
-        dq = torch.empty_like(q)
-        # Several blocks add to the same keys: in float32, or bfloat16 would round once a block.
-        full = torch.promote_types(k.dtype, torch.float32)
-        dk, dv = torch.zeros_like(k, dtype=full), torch.zeros_like(v, dtype=full)
+        alone = len(ctx.spans) == 1 and ctx.spans[0][2:] == (0, k.shape[1])
+        if not alone:
+            dq = torch.empty_like(q)
+            # Several blocks add to the same keys: in float32, or bfloat16 would round once a block.
+            full = torch.promote_types(k.dtype, torch.float32)
+            dk, dv = torch.zeros_like(k, dtype=full), torch.zeros_like(v, dtype=full)
         for start, stop, first, last in ctx.spans:
             drop = kept.pop(0) if ctx.dropout > 0 else None
             p = kept.pop(0)
             g = grad[:, :, start:stop].flatten(1, 2)                        # [B*G, R*t, K]
-            dv[:, first:last] += (p if drop is None else p * drop).mT @ g
+            to_v = (p if drop is None else p * drop).mT @ g
             dp = g @ v[:, first:last].mT
             if drop is not None:
                 dp *= drop
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, start:stop] = _product(ds, k[:, first:last], scale).view_as(dq[:, :, start:stop])
-            dk[:, first:last] += _product(ds.mT, q[:, :, start:stop].flatten(1, 2), scale)
+            to_q = _product(ds, k[:, first:last], scale)
+            to_k = _product(ds.mT, q[:, :, start:stop].flatten(1, 2), scale)
+            if alone:
+                dq, dk, dv = to_q.view_as(q), to_k, to_v
+            else:
+                dq[:, :, start:stop] = to_q.view_as(dq[:, :, start:stop])
+                dk[:, first:last] += to_k
+                dv[:, first:last] += to_v
         dq = dq.view(batch, -1, *dq.shape[2:]).transpose(1, 2)
         dk, dv = (x.to(v.dtype).view(batch, heads, *x.shape[1:]).transpose(1, 2) for x in (dk, dv))
         return dq, dk, dv, None, None, None, None
