@@ -49,6 +49,11 @@ def taken_in(run: Run) -> Run:
         return _taken_in(run)
 
 
+def located(run: Run) -> Run:
+    """Return `run` with the folder of weights that its `start` means, which may be a run or a name on a hub."""
+    return run if run.start is None else run.model_copy(update={"start": checkpoint.chosen(run.start)})
+
+
 def _taken_in(run: Run) -> Run:
     tokenizer, folder = _tokenizer(run)
     found: Surveys = {}

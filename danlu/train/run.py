@@ -27,6 +27,7 @@ from danlu.objectives.tasks import Tasks, single, singles, terms_of
 from danlu.parallel import World
 from danlu.train import checkpoint, forgotten, receipt
 from danlu.train.feed import Steps, batches, stream, watched
+from danlu.train.intake import located
 from danlu.train.loop import Hooks, Loop, Progress
 from danlu.train.meter import Meter
 from danlu.train.outer import Outer
@@ -52,8 +53,7 @@ def train(run: Run) -> Path:
         report.require()
     for objective in singles(run.objective):
         require_metrics(objective)
-    if run.start is not None:
-        run = run.model_copy(update={"start": checkpoint.chosen(run.start)})
+    run = located(run)
     world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device))
     silence(not world.main)
     data = open_data(run)

@@ -14,9 +14,8 @@ from rich.table import Table
 from danlu import config, files
 from danlu.errors import DataError
 from danlu.log import count, silence
-from danlu.train import checkpoint
 from danlu.train.audit import audited
-from danlu.train.intake import taken_in
+from danlu.train.intake import located, taken_in
 from danlu.train.recipe import Run
 from danlu.train.setup import open_data, training_rows
 from danlu.verbs import needed
@@ -30,9 +29,7 @@ def main(file: Path | None, overrides: list[str], *, to: Path | None, as_json: b
         silence()
     files.check_writable(run.out)
     every = taken_in(run.model_copy(update={"guard": run.guard.model_copy(update={"rejects": 1.0})}))      # to name all faults
-    run = run.naming(every.named)
-    if run.start is not None:
-        run = run.model_copy(update={"start": checkpoint.chosen(run.start)})
+    run = located(run.naming(every.named))
     data = open_data(run)
     rows, total = training_rows(run, data)
     found = audited(run, rows, data.train, data.judged, data.tokenizer, total=total)

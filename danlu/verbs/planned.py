@@ -14,6 +14,7 @@ from danlu.log import count, duration
 from danlu.planner.hardware import Machine
 from danlu.planner.plan import Fix, Plan, fixes, plan, shape
 from danlu.planner.probe import probe as probed
+from danlu.train.intake import located, taken_in
 from danlu.train.recipe import Run
 from danlu.verbs import needed
 from danlu.verbs.rehearse import gigabytes
@@ -25,10 +26,7 @@ def recipe(file: Path | None, overrides: list[str], *, machine: Machine, vocab: 
     path = needed(file)
     run = config.load(Run, path, overrides)
     machine = machine.model_copy(update={"count": run.layout.world})
-    if vocab is None and any(source.raw for sources in run.named.values() for source in sources):
-        from danlu.train.intake import taken_in
-
-        run = taken_in(run)
+    run = located(run if vocab is not None else taken_in(run))
     of = shape(run, vocab)
     seconds = probed(path, overrides, threads=run.threads) if probe and run.layout.world == 1 else None
     found = plan(of, machine, probe=seconds)

@@ -14,6 +14,7 @@ from danlu.errors import ConfigError
 from danlu.layout import Layout
 from danlu.log import count
 from danlu.rehearse import Rehearsal, record, rehearse, settled, spans
+from danlu.train.intake import located
 from danlu.train.recipe import Run
 from danlu.verbs import needed
 from danlu.words import _
@@ -26,7 +27,7 @@ def main(file: Path | None, overrides: list[str], *, world: int | None, vocab: i
     """Print what every process would hold, send and wait for."""
     path, room = needed(file), None if memory is None else amount(memory)
     run = config.load(Run, path, [*overrides, *spread(path, overrides, world)])
-    rehearsal = rehearse(settled(run, vocab))
+    rehearsal = rehearse(settled(located(run), vocab))
     fits = None if room is None else rehearsal.largest.memory.peak <= room
     if as_json:
         print(json.dumps(record(rehearsal) | {"memory": room, "fits": fits}, ensure_ascii=False))

@@ -15,6 +15,7 @@ from danlu.planner.hardware import Machine
 from danlu.planner.public import public as known
 from danlu.planner.search import search
 from danlu.rehearse import settled
+from danlu.train.intake import located
 from danlu.train.recipe import Run
 from danlu.verbs import needed
 from danlu.words import _
@@ -83,7 +84,7 @@ def public(file: Path | None, overrides: list[str], problems: list[str], *, mode
 
 def recipe(file: Path | None, overrides: list[str], *, asked: Asked, vocab: int | None, rehearsed: int, as_json: bool) -> int:
     """Print the best ways to run a recipe on a machine; exit 5 if none fits into it."""
-    given = config.load(Run, needed(file), overrides)
+    given = located(config.load(Run, needed(file), overrides))
     device = "cpu" if asked.machine.device.kind == "cpu" else "cuda"
     alone = given.model_copy(update={"rows": given.step_rows, "micro_rows": None, "tokens": None, "device": device,
                                      "layout": type(given.layout)()})
