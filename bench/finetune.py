@@ -2,6 +2,7 @@
 
     python -m bench.finetune --model MODEL --data train.tsv          # all-MiniLM-L6-v2 on SST-2: 10 minutes on 2 cores
     python -m bench.finetune --model MODEL --data train.tsv --lora
+    python -m bench.finetune --model MODEL --data train.tsv --inside      # what a step of Danlu spends its time on, alone
 
 MODEL is a folder of a BERT; the file holds `text<TAB>label` rows.  Samples a second over whole blocks of steps, for steps take
 as long as their rows are; blocks take turns, so that a slow phase of the machine hits all.
@@ -92,6 +93,24 @@ def danlu_steps(mode: str, precision: str, *, model: str, data: str) -> Contende
     return Contender(step)
 
 
+def inside(mode: str, precision: str, *, model: str, data: str) -> None:
+    """Print how long a step takes, and how much of that the matrix products of linear layers do."""
+    from torch.profiler import ProfilerActivity, profile
+
+    one, steps = danlu_steps(mode, precision, model=model, data=data), 60
+    for _step in range(20):
+        one.step()
+    began = time.perf_counter()
+    for _step in range(steps):
+        one.step()
+    whole = (time.perf_counter() - began) / steps
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        for _step in range(steps):
+            one.step()
+    products = sum(each.self_cpu_time_total for each in watched.key_averages() if each.key in {"aten::mm", "aten::addmm"})
+    print(f"danlu {mode} {precision}: a step takes {whole * 1e3:.0f} ms, {products / steps / 1e3:.0f} of it in linear layers")
+
+
 def race(workers: list[Worker], *, rounds: int, block: int) -> dict[str, list[float]]:
     """Return each contender's samples a second in each round; a disturbed block is run again, three times at most."""
     found: dict[str, list[float]] = {worker.name: [] for worker in workers}
@@ -115,12 +134,16 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--lora", action="store_true", help="adapters alone")
+    parser.add_argument("--inside", action="store_true", help="no race: where the time of a step of Danlu goes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--block", type=int, default=24, help="steps of one contender before the next takes over")
     parser.add_argument("--precisions", nargs="*", default=["fp32"], help="of Danlu")
     arguments = parser.parse_args()
     more: dict[str, Any] = {"model": arguments.model, "data": arguments.data}
     threads = torch.get_num_threads()
+    if arguments.inside:
+        inside("lora" if arguments.lora else "full", arguments.precisions[0], **more)
+        return
     machine.report(machine.measure())
     peers = {"trainer lora dynamic fp32": ("lora", "fp32")} if arguments.lora else {
         "trainer padded fp32": ("padded", "fp32"), "trainer dynamic fp32": ("dynamic", "fp32"),
