@@ -161,9 +161,9 @@ def layouts(run: Run, machine: Machine) -> Iterator[Layout]:
 
 
 def _ranked(run: Run, machine: Machine, traces: Traces) -> tuple[list[Run], int]:
-    """Return the candidates that may fit, the fastest by shapes first, and how many were looked at."""
+    """Return the candidates that may fit, the fastest by shapes first, or the one that lacks least; and how many there were."""
     found: list[tuple[float, int, Run]] = []
-    looked = 0
+    looked, least = 0, (math.inf, 0, run)
     room = machine.device.memory - machine.base
     for precision in precisions(run, machine):
         small = run.model_copy(update={"precision": precision})
@@ -175,7 +175,10 @@ def _ranked(run: Run, machine: Machine, traces: Traces) -> tuple[list[Run], int]
                 looked += 1
                 if looked > SPACE:
                     break
-                if _bound(shape, layout, run.step_rows, recompute) * SLACK <= room:
+                bound = _bound(shape, layout, run.step_rows, recompute)
+                if bound < least[0]:
+                    least = bound, looked, _changed(small, layout, recompute)
+                if bound * SLACK <= room:
                     seconds = _quick(shape, layout, small, machine, recompute=recompute)
                     found.append((seconds, looked, _changed(small, layout, recompute)))
                 elif layout.shard != "none" and machine.device.kind != "cpu":
@@ -183,7 +186,8 @@ def _ranked(run: Run, machine: Machine, traces: Traces) -> tuple[list[Run], int]
                     if _bound(shape, away, run.step_rows, recompute) * SLACK <= room:
                         seconds = _quick(shape, away, small, machine, recompute=recompute)
                         found.append((seconds, looked, _changed(small, away, recompute)))
-    return [one for _seconds, _number, one in sorted(found, key=lambda each: each[:2])], looked
+    ranked = [one for _seconds, _number, one in sorted(found, key=lambda each: each[:2])]
+    return ranked or [least[2]] * (least[0] < math.inf), looked
 
 
 def _changed(run: Run, layout: Layout, recompute: str) -> Run:

@@ -182,7 +182,8 @@ def test_memory_that_runs_out_is_one_sentence_with_advice(recipe: Path, tmp_path
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (1_500_000_000, 1_500_000_000))
 
-    done = subprocess.run(command("train", recipe, "--out", tmp_path / "a", "rows=16384", "guard.reload=false"),
+    large = ("model.width=2048", "model.layers=16", "model.heads=16")
+    done = subprocess.run(command("train", recipe, "--out", tmp_path / "a", *large),
                           capture_output=True, text=True, env=environment(), preexec_fn=limit, timeout=120, check=False)
     assert done.returncode == 5 and "Traceback" not in done.stderr and "layout.micro" in done.stderr
 
