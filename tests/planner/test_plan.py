@@ -83,7 +83,7 @@ def test_a_base_in_four_bits_is_an_eighth_and_its_scales() -> None:
 
 @pytest.mark.slow
 def test_what_cannot_fit_is_told_with_changes_that_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    of, found = planned(rows=64, length=64)
+    of, found = planned(rows=16, length=256, model=DECODER | {"context": 256})
     small = here().model_copy(update={"device": found.machine.device.model_copy(
         update={"memory": int(found.phases["step"].resident * 0.99 / 0.95)})})
     tight = plan(of, small)
@@ -91,7 +91,7 @@ def test_what_cannot_fit_is_told_with_changes_that_help(tmp_path: Path, capsys: 
     helps = fixes(of, small, tight)
     assert helps and all(fix.plan.fits for fix in helps)
     file = tmp_path / "recipe.yaml"
-    file.write_text(config.to_yaml(recipe(rows=64, length=64), only_set=True))
+    file.write_text(config.to_yaml(recipe(rows=16, length=256, model=DECODER | {"context": 256}), only_set=True))
     assert cli.main(["plan", str(file), "--vocab", "96", "--memory", "10MB", "--json"]) == 5
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] is False and told["worst"] in told["phases"]
