@@ -94,8 +94,8 @@ def batches(steps: Steps, *, workers: int) -> Iterator[Fed]:
     if not workers:
         yield from steps
         return
-    # without a timeout PyTorch looks every 5 seconds whether its processes live: the signal that tells of a death is lost where
-    # it interrupts what swallows exceptions; the watchdog ends a run whose processes live and do nothing
+    # without a timeout PyTorch looks every 5 seconds whether its processes live, should the signal that tells of a death be
+    # lost; the watchdog ends a run whose processes live and do nothing
     loader: DataLoader[Any] = DataLoader(
         steps, batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="fork", collate_fn=as_arrays)
     for batch, position in loader:

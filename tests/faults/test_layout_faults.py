@@ -255,9 +255,9 @@ def test_a_killed_worker_is_started_again_and_nothing_changes(start: Callable[..
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_kill_is_a_recovery(start: Callable[..., Started], references: Callable[..., Path]) -> None:
+def test_ten_kills_are_ten_recoveries(start: Callable[..., Started], references: Callable[..., Path]) -> None:
     draw, reference = random.Random(0), references(*SHARDS)
-    for number in range(4):
+    for number in range(10):
         run = start(*SHARDS, fault=f"train.step:slow:{draw.randint(2, STEPS)}", name=f"run-{number}")
         run.until(run.steps)
         time.sleep(draw.uniform(0, 0.9))                 # less than the planted pause: the run is not over
