@@ -18,9 +18,10 @@ from bench.race import Worker
 
 ROWS, LENGTH = 4, 512
 TARGET = 0.5
+LORA = {"adapt": {"kind": "lora", "rank": 8, "target": ["q", "k", "v"]}}
 WAYS: dict[str, dict[str, Any]] = {
-    "full": {}, "lora": {"adapt": {"kind": "lora", "rank": 8, "target": ["q", "k", "v"]}},
-    "lora, recomputed": {"adapt": {"kind": "lora", "rank": 8, "target": ["q", "k", "v"]}, "recompute": "full"},
+    "full": {}, "lora": LORA, "lora, recomputed": LORA | {"recompute": "full"},
+    "full, returned": {"allocator": "return"}, "lora, returned": LORA | {"allocator": "return"},
 }
 
 
@@ -56,7 +57,7 @@ def danlu_steps(way: str, precision: str, *, folder: str) -> Contender:
         "out": str(place / way.replace(", ", "-")), "start": str(place / "model"), "data": [{"path": str(place / "rows.txt")}],
         "objective": {"kind": "causal_lm"}, "optim": {"kind": "adamw", "lr": 1e-4}, "schedule": {"kind": "constant"},
         "rows": ROWS, "steps": 9, "length": LENGTH, "overlong": "split", "held_out": 0.0, "precision": precision, **WAYS[way]}))
-    world = parallel.join(run.layout, parallel.start(threads=None, device="cpu"))
+    world = parallel.join(run.layout, parallel.start(threads=None, device="cpu", allocator=run.allocator))
     data = setup.open_data(run)
     run, choice = setup.settle(run, data, world, None)
     work = setup.assemble(run, data, setup.make_model(run, choice, world))

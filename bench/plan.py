@@ -33,7 +33,7 @@ WORDS, HELD_OUT = 700, 0.04
 SIZES = ((64, 2, 2), (128, 2, 4), (256, 4, 4), (384, 4, 6), (512, 6, 8), (768, 4, 12), (768, 8, 12))     # width, layers, heads
 VOCABULARIES = (1024, 8192, 32000)
 OPTIMIZERS = ("adamw", "adamw", "sgd", "momentum", "lion", "adafactor", "lamb", "rmsprop", "adagrad", "muon")
-RATES = {"sgd": 1.0, "momentum": 1.0}                    # so that every weight moves in a few steps
+RATES = {"sgd": 1.0, "momentum": 0.1}                    # so that every weight moves in a few steps, and the loss stays above 0
 WAYS: dict[str, dict[str, Any]] = {
     "full": {}, "lora": {"adapt": {"kind": "lora", "rank": 8}}, "qlora": {"adapt": {"kind": "lora", "rank": 8, "base": "nf4"}},
     "prompt": {"adapt": {"kind": "prompt", "tokens": 16}, "pack": False}}
@@ -51,7 +51,8 @@ def cell(seed: int, number: int) -> dict[str, Any]:
             "micro": draw.choice((1, 1, 2)), "way": draw.choice(("full", "full", "lora", "qlora", "prompt")),
             "precision": draw.choice(("fp32", "fp32", "bf16")), "recompute": draw.choice(("none", "none", "full", 2)),
             "optim": draw.choice(OPTIMIZERS), "objective": draw.choice(("lm", "lm", "classify")),
-            "processes": draw.choice(("1", "1", "1", "2 dp", "2 dp", "2 fsdp", "2 tp"))}
+            "processes": draw.choice(("1", "1", "1", "2 dp", "2 dp", "2 fsdp", "2 tp")),
+            "allocator": draw.choice(("keep", "return"))}
         if possible(made):
             return made
 
@@ -75,14 +76,18 @@ def described(of: dict[str, Any]) -> str:
     """Return a cell in one line."""
     return " ".join(map(str, (
         of["family"], f"{of['width']}×{of['layers']}", f"v{of['vocab']}", f"{of['rows']}×{of['length']}", f"m{of['micro']}",
-        of["way"], of["precision"], f"re={of['recompute']}", of["optim"], of["objective"], of["processes"])))
+        of["way"], of["precision"], f"re={of['recompute']}", of["optim"], of["objective"], of["processes"], of["allocator"])))
+
+
+def kind_of(of: dict[str, Any]) -> str:
+    """Return the kind of a cell's model, which is also the name of its tokenizer's folder."""
+    return "encoder" if of["family"] == "bert" else "decoder"
 
 
 def model_of(of: dict[str, Any]) -> dict[str, Any]:
     """Return the section `model` of a cell's recipe."""
-    kind = "encoder" if of["family"] == "bert" else "decoder"
     preset = {"gpt2": {"preset": "gpt2"}}.get(of["family"], {})
-    return {"kind": kind, **preset, "width": of["width"], "layers": of["layers"], "heads": of["heads"],
+    return {"kind": kind_of(of), **preset, "width": of["width"], "layers": of["layers"], "heads": of["heads"],
             "context": 2048 + 64, "vocab": of["vocab"]}
 
 
@@ -95,6 +100,7 @@ def recipe(of: dict[str, Any], place: Path, shared: Path) -> dict[str, Any]:
         "schedule": {"kind": "constant"}, "rows": of["rows"], "length": of["length"], "steps": STEPS,
         "overlong": "cut" if objective == "classify" or of["way"] == "prompt" else "split", "precision": of["precision"],
         "recompute": of["recompute"], "layout": {**PROCESSES[of["processes"]], "micro": of["micro"]}, "device": "cpu",
+        "allocator": of["allocator"],
         "audit": {"stop": []}, "every": {"save": 3, "log": 1, "best": False}, "guard": {"spike": 1e9}}
     way = WAYS[of["way"]]
     if way or of["objective"] == "classify":
@@ -105,7 +111,7 @@ def recipe(of: dict[str, Any], place: Path, shared: Path) -> dict[str, Any]:
 def prepared(objective: str, of: dict[str, Any], shared: Path) -> str:
     """Return the folder that `danlu train` has made of the rows: for rows of a class it depends on the length."""
     overlong = "cut" if objective == "classify" or of["way"] == "prompt" else "split"
-    folder = shared / f"data-{objective}-{of['length']}-{overlong}"
+    folder = shared / f"data-{objective}-{of['length']}-{overlong}-{kind_of(of)}"
     if not folder.exists():
         from danlu.config import validate
         from danlu.train.intake import taken_in
@@ -113,11 +119,10 @@ def prepared(objective: str, of: dict[str, Any], shared: Path) -> str:
 
         file = shared / ("rows.csv" if objective == "classify" else "rows.txt")
         made = taken_in(validate(Run, {
-            "out": str(shared / "intake"), "data": [{"path": str(file)}], "tokenizer": str(shared / "tokenizer"),
+            "out": str(shared / "intake"), "data": [{"path": str(file)}], "tokenizer": str(shared / kind_of(of)),
             "objective": {"kind": objective}, "optim": {"kind": "sgd"}, "rows": 1, "steps": 1,
             "schedule": {"kind": "constant"}, "overlong": overlong, "length": of["length"], "held_out": HELD_OUT,
-            "model": {"kind": "encoder" if objective == "masked_lm" else "decoder", "width": 8, "layers": 1, "heads": 1,
-                      "context": LENGTHS[-1]}}))
+            "model": {"kind": kind_of(of), "width": 8, "layers": 1, "heads": 1, "context": LENGTHS[-1]}}))
         made.data[0].folder.rename(folder)
     return str(folder)
 
@@ -136,13 +141,13 @@ def started(of: dict[str, Any], shared: Path) -> Path:
         kind: Any = Encoder if given["kind"] == "encoder" else Decoder
         heads: tuple[str, ...] = ("mlm",) if given["kind"] == "encoder" else ("lm",)
         cfg = validate(kind, given).filled(vocab=given["vocab"], heads=heads)
-        weights.save(folder, build(cfg, "cpu").init(0), tokenizer=shared / "tokenizer")
+        weights.save(folder, build(cfg, "cpu").init(0), tokenizer=shared / kind_of(of))
     return folder
 
 
 def shared_files(folder: Path) -> Path:
-    """Make the tokenizer and the rows that all cells read; every row is longer than the longest length."""
-    from danlu.data.kinds import BPE
+    """Make the tokenizers and the rows that all cells read; every row is longer than the longest length."""
+    from danlu.data.kinds import BPE, WordPiece
     from danlu.data.tokenizer import train
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +156,8 @@ def shared_files(folder: Path) -> Path:
         return folder
     words = ["".join(draw.choices("abcdefghij", k=5)) for _word in range(WORDS)]
     texts = [" ".join(draw.choices(words, k=1250)) for _row in range(100)]
-    train(texts[:40], BPE(vocab=1000)).save(folder / "tokenizer")
+    train(texts[:40], BPE(vocab=1000)).save(folder / "decoder")
+    train(texts[:40], WordPiece(vocab=1000)).save(folder / "encoder")
     (folder / "rows.txt").write_text("\n".join(texts), encoding="utf-8")
     (folder / "rows.csv").write_text("text,label\n" + "\n".join(f"{text},{'ab'[n % 2]}" for n, text in enumerate(texts)),
                                      encoding="utf-8")

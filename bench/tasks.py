@@ -128,7 +128,7 @@ PRETRAINED = {
     "chinese": ("corpus-bert", "pretrain-bert", ("chnsenticorp/train.tsv", "stsb/zh-train.csv"),
                 ("tokenizer.vocab=6000", "clean.min_chars=5"),
                 ("model={kind: encoder, preset: bert-mini, context: 192}", "objective=masked_lm", "rows=32", "length=128",
-                 "pack=true", "steps=300", "optim.lr=1e-3")),
+                 "pack=true", "steps=1000", "optim.lr=1e-3")),
     "arithmetic": ("corpus", "pretrain-gpt", ("gsm8k/train.jsonl",), ("tokenizer.vocab=4096",),
                    ("model={kind: decoder, preset: llama-mini, context: 512}", "steps=150", "stop=null")),
 }
@@ -164,10 +164,10 @@ def pretrained(name: str, data: Path, out: Path) -> Path:
     return out / name
 
 
-def halves(data: Path, out: Path) -> None:
-    """Write XQuAD's articles as 43 to learn from and 5 to be judged on."""
+def parts(data: Path, out: Path) -> None:
+    """Write XQuAD's articles as 40 to learn from, 3 by which the best checkpoint is chosen, and 5 to be judged on."""
     articles = json.loads((data / "xquad/en.json").read_text(encoding="utf-8"))["data"]
-    for name, part in (("train", articles[:-5]), ("test", articles[-5:])):
+    for name, part in (("train", articles[:-8]), ("dev", articles[-8:-5]), ("test", articles[-5:])):
         (out / f"xquad-{name}.json").write_text(json.dumps({"version": "1.1", "data": part}), encoding="utf-8")
 
 
@@ -205,20 +205,21 @@ def unlike(_data: Path) -> Baseline:
     return Baseline("the start before fine-tuning", float("nan"))
 
 
-STSB = ("data={{data}}/stsb/{0}-train.csv", "eval={{data}}/stsb/{0}-dev.csv", "every.evaluate=180", "epochs=1")
 JOBS = {
     "chnsenticorp": Job("chnsenticorp", "chinese", ("data={data}/chnsenticorp/train.tsv", "eval={data}/chnsenticorp/dev.tsv",
-                                                     "length=128", "epochs=1"),
+                                                     "ema=0.99"),
                         "{out}/chnsenticorp-unseen.tsv", "accuracy", tfidf_classes),
-    "stsb-en": Job("stsb", "english", tuple(one.format("en") for one in STSB), "{data}/stsb/en-test.csv", "spearman",
+    "stsb-en": Job("stsb", "english", ("data={data}/stsb/en-train.csv", "eval={data}/stsb/en-dev.csv",
+                                              "every.evaluate=180", "epochs=1"), "{data}/stsb/en-test.csv", "spearman",
                    tfidf_alike("en")),
-    "stsb-zh": Job("stsb", "chinese", tuple(one.format("zh") for one in STSB), "{data}/stsb/zh-test.csv", "spearman",
-                   tfidf_alike("zh")),
+    "stsb-zh": Job("embed-stsb", "chinese",             # as vectors: a pair read together, from so small a start, reached 0.122
+                   ("data={data}/stsb/zh-train.csv", "eval={data}/stsb/zh-dev.csv", "length=192", "optim.lr=5e-4",
+                    "guard.overlap=0.1"), "{data}/stsb/zh-test.csv", "spearman", tfidf_alike("zh")),
     "wikiann": Job("ner-wikiann", "english", ("data={data}/wikiann/train.tsv", "eval={data}/wikiann/dev.tsv#2000", "epochs=1"),
                    "{data}/wikiann/test.tsv", "f1", frequent_tags),
-    "xquad": Job("qa-xquad", "english", ("data={out}/xquad-train.json", "eval={out}/xquad-test.json", "epochs=4"),
+    "xquad": Job("qa-xquad", "english", ("data={out}/xquad-train.json", "eval={out}/xquad-dev.json", "epochs=4"),
                  "{out}/xquad-test.json", "f1", nearest_sentence),
-    "gsm8k": Job("gsm8k-sft", "arithmetic", ("data={data}/gsm8k/train.jsonl", "eval={data}/gsm8k/test.jsonl#200", "epochs=1"),
+    "gsm8k": Job("gsm8k-sft", "arithmetic", ("data={data}/gsm8k/train.jsonl", "epochs=1"),
                  "{data}/gsm8k/test.jsonl", "perplexity", unlike, ("--task", "chat", "--overlong", "drop")),
 }
 
@@ -233,7 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data, out = arguments.data.resolve(), arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    halves(data, out)
+    parts(data, out)
     unseen(data, out)
     starts = {"english": arguments.model}
     lines = []

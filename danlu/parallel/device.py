@@ -20,14 +20,18 @@ from danlu.errors import ConfigError
 from danlu.words import _
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Allocator = Literal["keep", "return"]
+SWITCHES = (-3, -1, -2)                                  # of mallopt: mmap threshold, trim threshold, top pad
+SIZES: dict[Allocator, tuple[int, int, int]] = {"keep": (1 << 30, (1 << 31) - 1, 64 << 20),
+                                                "return": (2 << 20, 256 << 20, 16 << 20)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def start(*, threads: int | None, device: str) -> torch.device:
+def start(*, threads: int | None, device: str, allocator: Allocator = "keep") -> torch.device:
     """Make the process ready: threads, memory allocator, device.  Returns the device; ConfigError if it is absent."""
     if threads is not None:
         torch.set_num_threads(threads)
-    _keep_memory()
+    _manage_memory(allocator)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(_("no CUDA device is visible"), where="device", fix=_("set device=cpu or auto"))
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -53,16 +57,23 @@ def _bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
 
 
-def _keep_memory() -> None:
-    """Let glibc keep freed blocks: page faults of fresh ones cost 6 times the fill itself (measured, see LOG.md)."""
+def _manage_memory(allocator: Allocator) -> None:
+    """Tell glibc what to do with freed blocks.
+
+    keep: they stay for the next, because page faults of fresh ones cost 6 times the fill itself (measured, see LOG.md).  But
+    blocks of unlike sizes leave holes, so the process grows beyond what it ever holds, by a share that nobody can foretell.
+    return: a block of 2 MB or more is a mapping of its own, in large pages where the system has them, and goes back at once.
+    """
     if sys.platform != "linux":
         return
+    if allocator == "return":
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"         # PyTorch reads it when it makes its first tensor
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):                 # another libc (musl) has no such switch
         return
-    for switch, size in ((-3, 1 << 30), (-1, 1 << 31), (-2, 64 << 20)):   # mmap threshold, trim threshold, top pad
-        mallopt(ctypes.c_int(switch), ctypes.c_int(min(size, (1 << 31) - 1)))
+    for switch, size in zip(SWITCHES, SIZES[allocator], strict=True):
+        mallopt(ctypes.c_int(switch), ctypes.c_int(size))
 
 
 def give_back() -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from danlu.rehearse.ledger import Event
 
-SPREAD = {"load": 1.15, "evaluate": 1.75, "step": 1.6, "save": 1.15, "resume": 1.15}
+SPREAD = {"load": 0.15, "evaluate": 0.75, "step": 0.6, "save": 0.15, "resume": 0.15}
 GRAIN = 512                                              # bytes that PyTorch's caching allocator on CUDA rounds up to
 
 
@@ -30,6 +30,11 @@ class Need(NamedTuple):
     def spread(self) -> int:
         """What comes and goes."""
         return self.tensors - self.begin
+
+
+def spread(phase: str, allocator: str) -> float:
+    """Return what the allocator adds to what comes and goes in a phase, as a share of it."""
+    return SPREAD.get(phase, 0.0) if allocator == "keep" else 0.0
 
 
 def needs(events: Iterable[Event]) -> dict[str, Need]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from danlu.adapt.lora import LoRA
-from danlu.planner.blocks import SPREAD, Need
+from danlu.planner.blocks import Need, spread
 from danlu.planner.hardware import Machine
 from danlu.rehearse import Rehearsal
 from danlu.train.recipe import Run
@@ -76,7 +76,7 @@ def _parts(run: Run, machine: Machine, rehearsal: Rehearsal, phase: str, need: N
         process += TALKING + (SENDING if phase in ("step", "save") else 0)
     if isinstance(run.adapt, LoRA) and run.adapt.base is not None:
         process += PACKING
-    allocator = int((SPREAD.get(phase, 1.0) - 1) * need.spread) if cpu else need.rounded - need.tensors
+    allocator = int(spread(phase, run.allocator) * need.spread) if cpu else need.rounded - need.tensors
     parts = {"process": process, "allocator": max(0, allocator), "files": need.mapped if cpu else 0}
     if phase == "step":
         own = rehearsal.largest.memory

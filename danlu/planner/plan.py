@@ -164,6 +164,8 @@ def candidates(run: Run) -> Iterator[tuple[dict[str, Any], Change]]:
     each = run.step_rows // run.layout.dp
     micros = [n for n in range(run.layout.micro + 1, each + 1) if each % n == 0]
     wanted: list[dict[str, Any]] = [{"layout.micro": n} for n in dict.fromkeys([*micros[:2], *micros[-1:]])]
+    if run.device == "cpu" and run.allocator == "keep":
+        wanted = [{"allocator": "return"}, *wanted, *({"layout.micro": n, "allocator": "return"} for n in micros[-1:])]
     if run.recompute != "full":
         wanted += [{"recompute": "full"}, *({"recompute": "full", "layout.micro": n} for n in micros[-1:])]
     if run.length > 128:
@@ -193,7 +195,7 @@ def _applied(changes: Mapping[str, Any]) -> Change:
 def filled(run: Run, machine: Machine, *, given: set[str]) -> tuple[Run, Plan]:
     """Return the run with what its recipe leaves open filled in so that it fits, and its plan.
 
-    given: names that the recipe says itself (precision, recompute, layout.micro).  ResourceError if nothing fits.
+    given: names that the recipe says itself (precision, recompute, layout.micro, allocator).  ResourceError if nothing fits.
     """
     if "precision" not in given and run.precision == "auto":
         fast = parallel.fastest(torch.device("cpu")) if machine.device.kind == "cpu" else "bf16"
@@ -203,7 +205,7 @@ def filled(run: Run, machine: Machine, *, given: set[str]) -> tuple[Run, Plan]:
     if found.fits:
         return run, found
     for changes, change in candidates(of.run):
-        if not set(changes) <= {"layout.micro", "recompute"} - given:
+        if not set(changes) <= {"layout.micro", "recompute", "allocator"} - given:
             continue
         again = plan(of._replace(run=change(of.run)), machine)
         if again.fits:

@@ -43,7 +43,7 @@ def steps(file: Path, overrides: list[str], threads: int | None) -> list[float]:
     from danlu.train.recipe import Run
 
     run = config.load(Run, file, overrides)
-    device = parallel.start(threads=run.threads or threads, device=run.device)
+    device = parallel.start(threads=run.threads or threads, device=run.device, allocator=run.allocator)
     rows = max(1, run.step_rows // run.layout.dp)
     run = run.model_copy(update={"layout": Layout(micro=run.layout.micro), "rows": rows, "tokens": None, "micro_rows": None})
     with tempfile.TemporaryDirectory(prefix="danlu-probe-") as folder:

@@ -6,6 +6,9 @@ Pipelines are left out: their order of work is PyTorch's, and `rehearse` plays i
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from danlu.train.recipe import Run
 from danlu.train.step import Engine
 
 BROADCAST = 250 * 2**20                                  # bytes that DDP sends at a time when it begins
+FEW = 3                                                  # micro-batches of a step that are followed: first, usual, last
 
 
 class Life(NamedTuple):
@@ -39,7 +43,13 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
 
     run: settled.  batch: the rows of a step of one process, real tensors of the right shapes; held_out: those of a batch
     that is only measured.  resumes: it goes on from a checkpoint.  copies: a checkpoint is written on the way.
+    Of many micro-batches FEW are followed: those after them hold no more, and do the same work again.
     """
+    micro, every = min(run.layout.micro, FEW), run.layout.micro
+    if micro < every:
+        run = run.model_copy(update={"layout": run.layout.model_copy(update={"micro": micro}),
+                                     "rows": run.step_rows // every * micro, "tokens": None, "micro_rows": None})
+        batch = {name: column[:len(column) // every * micro] for name, column in batch.items()}
     with process(run.layout, 0) as world:
         model, twin = placed_as(run, world), placed_as(run, world)      # the second is what a checkpoint is tried on
         for module in (m for part in model.parts for m in part.modules()):
@@ -56,6 +66,7 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
                 told = {name: fake.from_tensor(column) for name, column in held_out.items()}
             one.load(given, twin, resumes=resumes)
             del twin
+            renewed()                                    # what only a cycle holds would stay: it is older than `following`
             if not resumes:
                 one.evaluate(told)
             one.steps(given)
@@ -66,7 +77,14 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
             one.evaluate(told)
             ledger.phase("save")
             one.snapshot(own=False)
-        return Life(ledger.log, *one.work)
+        return Life(ledger.log, *(work * every // micro + rest for work, rest in one.work))
+
+
+def renewed() -> None:
+    """Collect garbage among the objects that are set apart, too."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def accelerated(run: Run) -> bool:
@@ -81,7 +99,8 @@ class _Process:
         self.run, self.model, self.ledger = run, model, ledger
         self.choice = paths.rule("cuda" if accelerated(run) else "cpu", DTYPES[run.precision], run.length,
                                  causal=run.network.causal)
-        self.work = 0, 0
+        self.work = (0, 0), (0, 0)                       # FLOPs and bytes moved: of the passes, of the update
+        self.exchanged = False                           # whether DDP exchanges gradients
         self.spare: Any = None                           # the copies of the last save that training did not wait for
 
     def load(self, batch: dict[str, Tensor], twin: Placed, *, resumes: bool) -> None:
@@ -93,9 +112,8 @@ class _Process:
         if run.layout.dp * run.layout.cp > 1 and not model.sharded and run.layout.local is None:
             self.distribute()
         self.engine = Engine(model, run.objective, precision=run.precision, clip=run.clip, seed=run.seed)
-        if getattr(self, "buckets", False):
-            for leaf in self.engine.leaves:
-                leaf.param.grad = torch.zeros_like(leaf.param)
+        if self.exchanged:
+            self.fill_buckets()
         self.optimizer = run.optim.build((leaf.name, leaf.local) for leaf in self.engine.leaves)
         self.ema = ({n: t.detach().clone() for n, t in model.state_dict().items()} if run.ema else None)
         if resumes:
@@ -112,7 +130,18 @@ class _Process:
                 torch.empty(piece, dtype=torch.uint8)
                 piece = 0
             piece += size
-        self.buckets = True
+        self.exchanged = True
+
+    def fill_buckets(self) -> None:
+        """Let gradients end in DDP's buckets, of which they are views once the last micro-batch is exchanged."""
+        for leaf in self.engine.leaves:
+            bucket, times = torch.zeros_like(leaf.param), count(1)
+
+            def moved(param: Tensor, bucket: Tensor = bucket, times: Iterator[int] = times) -> None:
+                if next(times) % self.run.layout.micro == 0:
+                    param.grad = bucket
+
+            leaf.param.register_post_accumulate_grad_hook(moved)
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the model that a checkpoint holds."""
@@ -164,8 +193,9 @@ class _Process:
         for step in range(number):
             self.ledger.flops = self.ledger.moved = 0
             self.engine.forward_backward(batch, step=step)
+            passes = self.ledger.flops, self.ledger.moved
             self.engine.update(self.optimizer, 1e-3, allow=lambda norm: True)
-            self.work = self.ledger.flops, self.ledger.moved
+            self.work = (passes[0], self.ledger.flops - passes[0]), (passes[1], self.ledger.moved - passes[1])
 
     def snapshot(self, *, own: bool) -> Any:
         """Copy the state as a save does."""

@@ -18,7 +18,7 @@ from danlu.parallel import launched
 from danlu.train.recipe import Run
 from danlu.words import _
 
-HARMLESS = {"out", "every", "workers", "trackers", "report", "resume", "verify", "guard", "stop"}
+HARMLESS = {"out", "every", "workers", "allocator", "trackers", "report", "resume", "verify", "guard", "stop"}
 
 
 @cache

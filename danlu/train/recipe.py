@@ -153,6 +153,9 @@ class Run(Model):
     threads: int | None = Field(
         None, gt=0, description="CPU threads; by default all cores. Part of what makes a run repeat to the bit.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model lives.")
+    allocator: Literal["keep", "return"] = Field(
+        "keep", description="What becomes of freed memory on a CPU: keep = it stays with the process, which is fastest; return = "
+                            "large blocks go back at once, so that the process needs what the plan says, and takes longer.")
     verify: Literal["full", "size"] = Field("full", description="Hash prepared data before use, or compare sizes only.")
     trackers: tuple[Literal["tensorboard"], ...] = Field((), description="Where else metrics go.")
     report: bool = Field(False, description="Write report.html with curves at the end (extra: report).")

@@ -54,7 +54,7 @@ def train(run: Run) -> Path:
     for objective in singles(run.objective):
         require_metrics(objective)
     run = located(run)
-    world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device))
+    world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device, allocator=run.allocator))
     silence(not world.main)
     data = open_data(run)
     found = checkpoint.agreed(run.out, world) if run.resume else None

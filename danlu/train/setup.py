@@ -150,6 +150,10 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
                 "optim.layer_decay=1": run.optim.layer_decay != 1.0,
                 "adapt=lora": run.adapt is not None and not isinstance(run.adapt, LoRA | QAT),
                 "adapt.base=null": isinstance(run.adapt, LoRA) and run.adapt.base is not None})
+        if run.length > model.context:                   # or the first row that is as long would end the run, however late
+            raise ConfigError(_("length={length} is more than the model's context of {context}").format(
+                length=run.length, context=model.context), where="length",
+                fix=_("set length={n}").format(n=model.context))
         changes["model"] = model
     elif run.model is not None:
         model = (run.model.with_tasks(tasks, outputs=plain) if tasks else run.model).filled(

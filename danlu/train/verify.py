@@ -82,7 +82,7 @@ def reference(run: Run, folder: Path, steps: int, precision: str) -> None:
     layout = Layout()
     rows = {"rows": run.step_rows, "tokens": None, "micro_rows": None}
     alone = run.model_copy(update={"layout": layout, **rows})
-    world = World(layout, parallel.start(threads=run.threads, device=run.device))
+    world = World(layout, parallel.start(threads=run.threads, device=run.device, allocator=run.allocator))
     for number, (_engine, seen) in enumerate(look(alone, world, steps, precision)):
         tensorfile.write(folder / f"{number}.safetensors", {n: g.cpu() for n, g in seen.gradients.items()})
         files.write_json(folder / f"{number}.json", {"losses": seen.losses.tolist(), "norm": seen.norm})
@@ -90,7 +90,7 @@ def reference(run: Run, folder: Path, steps: int, precision: str) -> None:
 
 def compare(run: Run, folder: Path, steps: int, precision: str) -> None:
     """Write to `folder` how far the layout is from the reference there; called in each of its processes."""
-    world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device))
+    world = parallel.join(run.layout, parallel.start(threads=run.threads, device=run.device, allocator=run.allocator))
     silence(not world.main)
     made: list[dict[str, Any]] = []
     for number, (engine, seen) in enumerate(look(run, world, steps, precision)):

@@ -26,7 +26,7 @@ def planned(file: Path, overrides: list[str]) -> list[str]:
 
     run = config.load(Run, file, overrides)
     data, _lines = yamls.read(file)
-    given = {name for name in ("precision", "recompute")
+    given = {name for name in ("precision", "recompute", "allocator")
              if name in data or any(word.lstrip("-").startswith(f"{name}=") for word in overrides)}
     micro = isinstance(data.get("layout"), dict) and "micro" in data["layout"]
     if micro or any(word.lstrip("-").startswith("layout.micro=") for word in overrides):
@@ -37,7 +37,8 @@ def planned(file: Path, overrides: list[str]) -> list[str]:
         run = taken_in(run)
     run, found = filled(run, here(run.layout.world), given=given)
     files.write_json(run.out / "plan.json", found.record())
-    words = [f"precision={found.run.precision}", f"recompute={run.recompute}", f"layout.micro={run.layout.micro}"]
+    words = [f"precision={found.run.precision}", f"recompute={run.recompute}", f"layout.micro={run.layout.micro}",
+             f"allocator={run.allocator}"]
     say(_("plan: {words}; {phase} needs most, {need:.2f} of {room:.2f} GB").format(
         words=" ".join(words), phase=found.worst, need=found.phases[found.worst].resident / 1e9, room=found.room / 1e9))
     return words

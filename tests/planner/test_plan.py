@@ -17,8 +17,10 @@ from danlu.data.tokenizer import train
 from danlu.models.build import build
 from danlu.nn import paths
 from danlu.parallel.place import alone
+from danlu.planner.blocks import needs
 from danlu.planner.hardware import here
 from danlu.planner.plan import Plan, Shape, fixes, plan, shape
+from danlu.planner.rows import repeated
 from danlu.rehearse import rehearse, settled
 from danlu.rehearse.life import life
 from danlu.rehearse.packed import packed
@@ -41,7 +43,8 @@ def planned(**more: Any) -> tuple[Shape, Plan]:
     return of, plan(of, here())
 
 
-@pytest.mark.parametrize("more", [{}, {"recompute": "full"}, {"layout": {"micro": 2}}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"recompute": "full"}, {"layout": {"micro": 2}}, {"rows": 12, "layout": {"micro": 6}}],
+                         ids=str)
 def test_flops_are_those_of_the_counter(more: dict[str, Any]) -> None:
     run = settled(recipe(**more), None)
     model = build(run.network)
@@ -61,16 +64,18 @@ def test_flops_are_those_of_the_counter(more: dict[str, Any]) -> None:
     assert life(run, batch, None, copies=False).flops == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("more", [{}, {"layout": {"dp": 2}}, {"layout": {"dp": 2, "shard": "full"}}, {"recompute": "full"}],
-                         ids=str)
+@pytest.mark.parametrize("more", [
+    {}, {"layout": {"dp": 2}}, {"layout": {"dp": 2, "shard": "full"}}, {"layout": {"tp": 2}}, {"recompute": "full"},
+    {"rows": 12, "layout": {"micro": 6}}, {"optim": {"kind": "sgd"}}, {"precision": "bf16"}], ids=str)
 def test_the_plan_agrees_with_the_rehearsal(more: dict[str, Any]) -> None:
-    _of, found = planned(**more)
-    told = rehearse(settled(recipe(**more), None))
-    assert found.rehearsal.parameters == told.parameters
-    lived = found.phases["step"].parts
-    tensors = sum(lived.get(name, 0) for name in ("weights", "gradients", "optimizer", "activations", "rest"))
-    assert tensors == pytest.approx(told.largest.memory.peak, rel=0.03)
-    assert found.record()["tensors"] == told.largest.memory.peak
+    """A step within a whole life, block by block, beside the step alone, micro-batch by micro-batch."""
+    run = settled(recipe(rows=8, **more) if "rows" not in more else recipe(**more), None)
+    told = rehearse(run)
+    one = columns(run)
+    batch = repeated(one, max(1, run.step_rows // run.layout.dp))
+    lived = needs(life(run, batch, None, copies=False).events)["step"]
+    assert lived.tensors == pytest.approx(told.largest.memory.peak, rel=0.03)
+    assert told.parameters == sum(p.numel() for p in build(run.network).parameters())
 
 
 def test_a_base_in_four_bits_is_an_eighth_and_its_scales() -> None:

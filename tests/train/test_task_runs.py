@@ -44,6 +44,15 @@ def test_a_task_trains_and_is_judged(kind: str, tmp_path: Path) -> None:
     assert figures[f"{FIGURES[kind]},none"] == pytest.approx(best, abs=1e-6)
 
 
+def test_a_length_that_the_start_cannot_read_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    first = taken_in(recipe("tag", tmp_path, steps=2))
+    last_one = train(first)
+    longer = recipe("tag", tmp_path, start=str(last_one), model=None, tokenizer=None, out=str(tmp_path / "again"), length=192)
+    with pytest.raises(ConfigError, match="length=192 is more than the model's context of 128"):
+        train(taken_in(longer))
+    assert not list((tmp_path / "again").glob("checkpoint-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FIGURES)
 def test_rows_without_labels_are_predicted(kind: str, tmp_path: Path) -> None:
