@@ -95,13 +95,13 @@ def templated(subject: Subject) -> bool:
 
 
 def kind_of(subject: Subject) -> str:
-    """Return what a folder that Danlu opens is: danlu (a run's), adapter, quantized, or hf."""
+    """Return what a folder that Danlu opens is: quantized, danlu (a run's in full precision), adapter, or hf."""
+    file = subject.folder / "config.json"
+    if file.is_file() and "quantization_config" in files.read_json(file):      # a run's that was quantized keeps its run.json
+        return "quantized"
     if subject.run is not None:
         return "danlu"
-    if adapters.is_adapter(subject.folder):
-        return "adapter"
-    told = files.read_json(subject.folder / "config.json")
-    return "quantized" if "quantization_config" in told else "hf"
+    return "adapter" if adapters.is_adapter(subject.folder) else "hf"
 
 
 def dtype_of(folder: Path) -> str:

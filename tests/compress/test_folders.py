@@ -21,6 +21,7 @@ from danlu.compress.prune import Prune, prune
 from danlu.compress.quantize import Quantize, quantize
 from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.evaluate.subject import open_subject
+from danlu.export.artefacts import kind_of
 from danlu.models import weights
 from danlu.nn import packed
 
@@ -178,7 +179,9 @@ def test_every_verb_works_on_every_kind(run: Path, tmp_path: Path, words: tuple[
 def test_a_run_is_compared_on_its_own_rows_and_damage_is_seen(run: Path, tmp_path: Path) -> None:
     assert cli.main(["quantize", str(run / "run"), "--bits", "4", "--method", "gptq", "--out", str(tmp_path / "a")]) == 0
     assert str(run) in json.loads((tmp_path / "a/run.json").read_text())["rows"]
-    assert open_subject(tmp_path / "a").run is not None
+    opened = open_subject(tmp_path / "a")
+    assert opened.run is not None and kind_of(opened) == "quantized" and kind_of(open_subject(run / "run")) == "danlu"
+    assert cli.main(["export", str(tmp_path / "a"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
     file = tmp_path / "a" / weights.PACKED
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(IncompatibleError, match="damaged"):
@@ -210,8 +213,6 @@ def test_training_goes_on_from_what_is_pruned_and_not_from_what_is_packed(run: P
     recipe |= {"out": str(tmp_path / "no"), "start": str(tmp_path / "int8")}
     (tmp_path / "no.json").write_text(json.dumps(recipe))
     assert cli.main(["train", str(tmp_path / "no.json")]) == 4
-
-
 
 
 @pytest.mark.parametrize("way", ["int8", "dynamic", "gptq", "awq", "low", "magnitude"])
