@@ -15,6 +15,7 @@ from typing import NamedTuple
 from danlu.rehearse.ledger import Event
 
 SPREAD = {"load": 0.15, "evaluate": 0.75, "step": 0.6, "save": 0.15, "resume": 0.15}
+LARGE = 2 << 20                                          # bytes of a block that is a mapping of its own under allocator=return
 GRAIN = 512                                              # bytes that PyTorch's caching allocator on CUDA rounds up to
 
 
@@ -25,6 +26,7 @@ class Need(NamedTuple):
     tensors: int                                         # … and at its peak
     mapped: int                                          # of files that are mapped, at most
     rounded: int                                         # of tensors at the peak, each rounded up as on CUDA
+    small: int                                           # what comes and goes of blocks below LARGE, at most
 
     @property
     def spread(self) -> int:
@@ -32,35 +34,40 @@ class Need(NamedTuple):
         return self.tensors - self.begin
 
 
-def spread(phase: str, allocator: str) -> float:
-    """Return what the allocator adds to what comes and goes in a phase, as a share of it."""
-    return SPREAD.get(phase, 0.0) if allocator == "keep" else 0.0
+def spread(need: Need, phase: str, allocator: str) -> int:
+    """Return the bytes that the allocator adds in a phase: where large blocks go back at once, to small ones alone."""
+    return int(SPREAD.get(phase, 0.0) * (need.spread if allocator == "keep" else need.small))
 
 
 def needs(events: Iterable[Event]) -> dict[str, Need]:
     """Return what each phase needs; of one that comes several times, the time it needs most."""
     found: dict[str, Need] = {}
-    phase, live, rounded, mapped, now = "", 0, 0, 0, Need(0, 0, 0, 0)
+    phase, live, rounded, mapped, now = "", 0, 0, 0, Need(0, 0, 0, 0, 0)
+    small = begun = most = 0                             # of small blocks: now, when the phase began, at most since
     sizes: dict[int, int] = {}
 
     def close() -> None:
         if phase and (phase not in found or now.tensors + now.mapped > found[phase].tensors + found[phase].mapped):
-            found[phase] = now
+            found[phase] = now._replace(small=most - begun)
 
     for event in events:
         if event.phase:
             close()
-            phase, now = event.phase, Need(live, live, mapped, rounded)
+            phase, now = event.phase, Need(live, live, mapped, rounded, 0)
+            begun = most = small
         elif event.mapped is not None:
             mapped = event.mapped
         elif event.size:
             sizes[event.key] = event.size
             live, rounded = live + event.size, rounded + up(event.size)
+            small += event.size * (event.size < LARGE)
         elif event.key in sizes:
             size = sizes.pop(event.key)
             live, rounded = live - size, rounded - up(size)
+            small -= size * (size < LARGE)
+        most = max(most, small)
         if live + mapped > now.tensors + now.mapped:
-            now = Need(now.begin, live, mapped, rounded)
+            now = Need(now.begin, live, mapped, rounded, 0)
     close()
     return found
 

@@ -9,8 +9,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -20,11 +21,12 @@ from danlu.evaluate import rows
 from danlu.evaluate.lines import Line
 from danlu.evaluate.tell import Said
 from danlu.serve.again import Again
-from danlu.serve.limits import busy
+from danlu.serve.limits import Refused, busy
 from danlu.serve.meters import Meters
 from danlu.words import _
 
 Result = TypeVar("Result")
+USUAL, FRESH = 0.25, 0.1                                 # tokens of a character at first; share of what is new in their average
 TOGETHER = 64                                            # rows of a batch: those behind it wait no longer than for so many
 
 
@@ -39,6 +41,13 @@ class _Waiting:
         self.missing = len(lines)
         self.tokens = _tokens(lines) / max(1, len(lines))            # of a line
         self.gone = False
+
+
+class _Read(NamedTuple):
+    """A request whose texts are read: its rows, and the tokens that one of them should have."""
+
+    rows: int
+    tokens: float
 
 
 class _Job:
@@ -79,6 +88,8 @@ class Gather:
         self.pace, self.again = Pace(), Again()
         self.until = 0.0                                 # when the batch that is computed should be done
         self.waiting: deque[_Waiting] = deque()
+        self.read: list[_Read] = []
+        self.share = USUAL                               # tokens of a character, as seen lately
         self.jobs: deque[_Job] = deque()
         self.count, self.closed = 0, False
         self.ready = threading.Condition()
@@ -95,8 +106,8 @@ class Gather:
         with self.ready:
             if self.closed or self.count + len(lines) > self.most:
                 raise busy(_("{n} rows wait already; come again later").format(n=self.count), retry=self.again.refused())
-            if not self._soon(one):
-                raise busy(_("the rows would take much longer than they do alone; come again later"), retry=self.again.refused())
+            if not self._soon(len(lines), one.tokens):
+                raise self._late()
             self.waiting.append(one)
             self.count += len(lines)
             self.meters.waiting.set(self.count)
@@ -126,15 +137,41 @@ class Gather:
         finally:
             job.gone = True
 
-    def _soon(self, new: _Waiting) -> bool:
-        """Return whether a request is done in time: after the batch under way, and with its share of those who wait."""
-        mine, own = len(new.left), new.tokens * len(new.left)
+    @contextmanager
+    def reading(self, rows: int, characters: int) -> Iterator[list[int]]:
+        """Let the texts of a request be read; the caller leaves the number of their tokens in what it is given.
+
+        Raises Refused, before anything is read, if they would take long by the number of their characters: who was refused only
+        afterwards would make all others wait for the reading.
+        """
+        place, tokens = _Read(rows, self.share * characters / max(1, rows)), list[int]()
+        with self.ready:
+            if not self._soon(rows, place.tokens, read=self.read):
+                raise self._late()
+            self.read.append(place)
+        try:
+            yield tokens
+            self.share += FRESH * (sum(tokens) / max(1, characters) - self.share)
+        finally:
+            with self.ready:
+                self.read.remove(place)
+
+    def _late(self) -> Refused:
+        return busy(_("the rows would take much longer than they do alone; come again later"), retry=self.again.refused())
+
+    def _soon(self, mine: int, each: float, *, read: Sequence[_Read] = ()) -> bool:
+        """Return whether a request is done in time: after the batch under way, and with its share of those who wait.
+
+        each: tokens of one of its rows; read: those whose texts are read, who wait soon.
+        """
+        own = mine * each
         others = [(min(len(one.left), mine), one.tokens) for one in self.waiting if not one.gone]
+        others += [(min(one.rows, mine), one.tokens) for one in read]
         left = self.until - time.perf_counter()
         if not others and left <= 0:
             return True
-        rows = mine + sum(count for count, _each in others)
-        tokens = own + sum(count * each for count, each in others)
+        rows = mine + sum(count for count, _size in others)
+        tokens = own + sum(count * size for count, size in others)
         alone = self.pace.of(-(-mine // TOGETHER), mine, own)
         return self.patience.lets(self.pace, alone, max(0.0, left) + self.pace.of(-(-rows // TOGETHER), rows, tokens))
 

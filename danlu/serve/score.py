@@ -60,10 +60,13 @@ async def said(scorer: Scorer, task: rows.Task, contents: Sequence[Content], tol
     if len(contents) > scorer.limits.inputs:
         raise Refused(400, _("{n} texts; a request has at most {most}").format(n=len(contents), most=scorer.limits.inputs),
                       param="input")
-    if len(contents) <= FEW and not scorer.before and sum(len(_shown(one)) for one in contents) <= SHORT:
+    characters = sum(len(_shown(one)) for one in contents)
+    if len(contents) <= FEW and not scorer.before and characters <= SHORT:
         lines = _lines(scorer, task, contents)           # done before another thread would have begun
     else:
-        lines = await asyncio.get_running_loop().run_in_executor(scorer.reads, _lines, scorer, task, contents)
+        with scorer.gather.reading(len(contents), characters) as tokens:
+            lines = await asyncio.get_running_loop().run_in_executor(scorer.reads, _lines, scorer, task, contents)
+            tokens.append(sum(len(row["ids"]) for line in lines for row in line.rows))
     told["prompt_tokens"] = sum(len(row["ids"]) for line in lines for row in line.rows)
     told["rows"] = len(lines)
     scorer.meters.tokens.labels("prompt").inc(told["prompt_tokens"])

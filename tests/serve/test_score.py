@@ -13,11 +13,15 @@ import openai
 import pytest
 import torch
 
+from danlu.decode import Patience
 from danlu.evaluate import rows
 from danlu.evaluate.subject import open_subject
 from danlu.models import weights
 from danlu.models.build import build
 from danlu.models.encoder import Encoder
+from danlu.serve.gather import Gather
+from danlu.serve.limits import Refused
+from danlu.serve.meters import Meters
 from danlu.verbs.predict import said_of
 from tests.evaluate import small
 from tests.serve.at import CPU, At, serving, until
@@ -182,3 +186,23 @@ def test_a_run_is_served_as_it_was_trained(tmp_path: Path) -> None:
         assert told[0]["tokens_cut"] > 0 and "tokens_cut" not in told[1]
         assert told[1]["label"] == said_of(task, (TEXTS[0],), top=0)["prediction"]
         assert httpx.get(f"{at.url}/v1/models").json()["data"][0]["heads"][0]["labels"] == ["bad", "good"]
+
+
+def test_many_who_ask_for_much_are_refused_before_their_texts_are_read() -> None:
+    gather = Gather(most=10_000, meters=Meters(), patience=Patience(1.5, 0.1))
+    try:
+        for _step in range(20):
+            gather.pace.saw(1, 64, 64 * 10, 0.5)         # a batch of 64 rows of 10 tokens takes half a second
+        with gather.reading(64, 64 * 40) as tokens:      # 40 characters are about 10 tokens
+            with pytest.raises(Refused, match="much longer"), gather.reading(64, 64 * 40):
+                raise AssertionError("it was read")
+            with gather.reading(1, 40):                  # a short one waits a little longer than it would alone
+                pass
+            tokens.append(64 * 10)
+        with gather.reading(64, 64 * 40):                # the place is free again
+            pass
+        with pytest.raises(ZeroDivisionError), gather.reading(64, 64 * 40):
+            raise ZeroDivisionError
+        assert not gather.read
+    finally:
+        gather.close()
