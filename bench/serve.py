@@ -154,28 +154,29 @@ def load(run: Path, *, seconds: float, clients: int, hostile: int, work: float, 
 def classify(run: Path, *, seconds: float, onnx: Path | None) -> dict[str, Any]:
     """Return texts a second and the median of the served classifier, beside those of int8 in onnxruntime in this process.
 
-    Without an ONNX file both are made of `run` in a scratch folder: `danlu quantize --method dynamic` is served, and
-    `danlu export --to onnx --quantize int8` is what it is measured against; with one, `run` is served as it is.
+    Two folders are served one after the other: what `danlu quantize --method dynamic` and what `danlu export --to onnx
+    --quantize int8` make of `run`, in a scratch folder; the second is what onnxruntime computes here, too.  onnx: the second,
+    if it is there already.
     """
     batch = [TEXTS[n % len(TEXTS)] for n in range(32)]
     with tempfile.TemporaryDirectory() as scratch:
-        served, plain = run, run
-        if onnx is None:
-            served, made = Path(scratch) / "dynamic", Path(scratch) / "onnx"
-            for words in (["quantize", str(run), "--method", "dynamic", "--out", str(served)],
-                          ["export", str(run), "--to", "onnx", "--quantize", "int8", "--out", str(made)]):
-                subprocess.run([sys.executable, "-m", "danlu", *words], check=True, stdout=subprocess.DEVNULL)
-            onnx = next(made.glob("*.onnx"))
-        with server(served) as (url, _pid):
-            one, many = (told(ended(crowd("ok", url, ("classify", {"input": given}), clients=clients, seconds=seconds)), seconds)
-                         for given, clients in ((TEXTS[0], 1), (batch, 2)))
-        theirs = inside(plain, onnx)
+        dynamic, made = Path(scratch) / "dynamic", onnx or Path(scratch) / "onnx"
+        exports = [["export", str(run), "--to", "onnx", "--quantize", "int8", "--out", str(made)]] if onnx is None else []
+        for words in (["quantize", str(run), "--method", "dynamic", "--out", str(dynamic)], *exports):
+            subprocess.run([sys.executable, "-m", "danlu", *words], check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, Any] = {}
+        for name, folder in (("served", dynamic), ("served_onnx", made)):
+            with server(folder) as (url, _pid):
+                one, many = (told(ended(crowd("ok", url, ("classify", {"input": given}), clients=clients, seconds=seconds)),
+                                  seconds) for given, clients in ((TEXTS[0], 1), (batch, 2)))
+            found[name] = {"p50_ms": 1e3 * one["p50"], "texts_per_second": 32 * many["answers_per_second"],
+                           "statuses": [one["statuses"], many["statuses"]]}
+        theirs = inside(run, next(made.glob("*.onnx")))
         alone, together = timed(lambda: theirs(TEXTS[:1]), seconds)[0], timed(lambda: theirs(batch), seconds)[1]
-    found = {"served": {"p50_ms": 1e3 * one["p50"], "texts_per_second": 32 * many["answers_per_second"],
-                        "statuses": [one["statuses"], many["statuses"]]},
-             "onnxruntime": {"p50_ms": 1e3 * alone, "texts_per_second": 32 / together}}
-    return found | {"ratio": {"p50": alone / one["p50"], "texts_per_second": many["answers_per_second"] * together},
-                    "loadavg": os.getloadavg()[0]}
+    for name in list(found):
+        found[name]["ratio"] = {"p50": 1e3 * alone / found[name]["p50_ms"],
+                                "texts_per_second": found[name]["texts_per_second"] * together / 32}
+    return found | {"onnxruntime": {"p50_ms": 1e3 * alone, "texts_per_second": 32 / together}, "loadavg": os.getloadavg()[0]}
 
 
 def inside(run: Path, path: Path) -> Callable[[list[str]], Any]:
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument("--hostile", type=int, default=50, help="slow ones, and as many greedy ones")
     parser.add_argument("--work", type=float, default=0.5, help="seconds that a request takes alone")
     parser.add_argument("--option", action="append", default=[], help="of danlu serve, as --option=--slots=4")
-    parser.add_argument("--onnx", type=Path, help="int8 ONNX file of the same classifier")
+    parser.add_argument("--onnx", type=Path, help="folder of the same classifier as int8 ONNX")
     given = parser.parse_args()
     found = load(given.run, seconds=given.seconds, clients=given.clients, hostile=given.hostile, work=given.work,
                  options=given.option) if given.what == "load" else \

@@ -37,7 +37,11 @@ class Patience(NamedTuple):
 
     def lets(self, pace: Pace, alone: float, beside: float) -> bool:
         """Return whether somebody who would take `alone` seconds waits for what takes `beside` seconds."""
-        return not pace.known or beside <= max(self.times * alone, alone + self.seconds)
+        return not pace.known or beside <= self.grants(alone)
+
+    def grants(self, alone: float) -> float:
+        """Return the seconds that somebody waits who would take `alone` seconds."""
+        return max(self.times * alone, alone + self.seconds)
 
 
 class Full(TemporaryError):

@@ -32,6 +32,7 @@ from danlu.evaluate.record import merged, whole
 from danlu.evaluate.subject import Subject, open_subject
 from danlu.evaluate.tell import Said, of_report, tell, unlabelled
 from danlu.log import say
+from danlu.models.session import SessionModel
 from danlu.nn import paths
 from danlu.objectives import Answer, Tasks
 from danlu.objectives.protocol import Objective
@@ -104,8 +105,12 @@ def task_of(subject: Subject, how: How, device: torch.device) -> Task:
         raise ConfigError(_("length={length} is more than the model's context of {context}").format(
             length=length, context=subject.cfg.context), where="--length")
     overlong: Overlong = how.overlong or (subject.run.overlong if subject.run is not None else "error")
+    if isinstance(subject.model, SessionModel) and how.precision != "fp32":
+        raise ConfigError(_("a graph computes in the precision that it was exported in"), where=f"--precision {how.precision}")
     model: Any = subject.model.to(device).eval()
     model.use(paths.rule(device, parallel.DTYPES[how.precision], length, causal=subject.cfg.causal))
+    if hasattr(model, "unpadded"):
+        model.unpadded = device.type == "cpu"
     return Task(subject, head.name, objective, length, overlong, how.precision, how.rows or TOKENS, device)
 
 
@@ -273,8 +278,8 @@ def _on_folder(task: Task, name: str, folder: Path, split: str, write: Write) ->
     return found
 
 
-def on_held_out(task: Task, write: Write, *, out: Path | None = None) -> list[Finding]:
-    """Return how well the task is done on what the recipe holds out.  out: the run's folder, if it may have been moved."""
+def on_held_out(task: Task, write: Write) -> list[Finding]:
+    """Return how well the task is done on what the recipe holds out."""
     run, subject = task.subject.run, task.subject
     if run is None:
         raise ConfigError(_("there is nothing to evaluate on"), where=str(subject.folder), fix="danlu eval RUN --data test.csv")
@@ -283,9 +288,7 @@ def on_held_out(task: Task, write: Write, *, out: Path | None = None) -> list[Fi
         (s, "val") for s in subject.sources(task.head)]
     found, numbers = list[Finding](), count(2)
     for origin, split in given:
-        folder = origin.folder
-        if out is not None and not folder.is_dir() and (out / "data" / folder.name).is_dir():
-            folder = out / "data" / folder.name
+        folder = subject.place(origin)
         if not run.eval and not Shards.has(folder, split):
             continue
         name = f"{task.head}/{named(origin.path)}" if several else named(origin.path)
@@ -296,13 +299,13 @@ def on_held_out(task: Task, write: Write, *, out: Path | None = None) -> list[Fi
     return found
 
 
-def on_all_held_out(subject: Subject, how: How, device: torch.device, write: Write, *, out: Path | None = None) -> list[Finding]:
+def on_all_held_out(subject: Subject, how: How, device: torch.device, write: Write) -> list[Finding]:
     """Return how well each task is done, or that of `how.head`, on what the recipe holds out of it."""
     found = list[Finding]()
     for head in [how.head] if how.head is not None or not subject.heads else subject.heads:
         task = task_of(subject, replace(how, head=head), device)
         beside = {"task": task.head} if len(subject.heads) > 1 else {}
-        found += on_held_out(task, partial(_beside, write, beside), out=out)
+        found += on_held_out(task, partial(_beside, write, beside))
     return found
 
 
@@ -313,6 +316,6 @@ def _beside(write: Write, told: Mapping[str, Any], row: dict[str, Any]) -> None:
 def leave(out: Path, *, device: torch.device, precision: str) -> None:
     """Write eval_results.json and predictions.jsonl of a run's held-out rows into its folder, by its best checkpoint."""
     with files.growing(out / "predictions.jsonl") as write:
-        found = on_all_held_out(open_subject(out), How(precision=precision), device, write, out=out)
+        found = on_all_held_out(open_subject(out), How(precision=precision), device, write)
     files.write_json(out / "eval_results.json", merged([one.record() for one in found]))
     say(_("held-out rows: {file}, {rows}").format(file=out / "eval_results.json", rows=out / "predictions.jsonl"))

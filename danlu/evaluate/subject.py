@@ -12,6 +12,7 @@ from danlu import config, files
 from danlu.adapt import folder as adapters
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
+from danlu.models import session
 from danlu.models.decoder import Decoder
 from danlu.models.encoder import Encoder
 from danlu.models.foreign_config import Foreign
@@ -42,13 +43,18 @@ class Subject:
         assert isinstance(cfg, Decoder | Encoder | Foreign)
         return cfg
 
+    def place(self, source: Source) -> Path:
+        """Return the folder of a source's prepared rows: as the recipe says, else within the run's, which may have moved."""
+        beside = (home / "data" / source.folder.name for home in (self.folder, *list(self.folder.parents)[:2]))
+        return source.folder if source.folder.is_dir() else next((one for one in beside if one.is_dir()), source.folder)
+
     def held_out(self) -> list[tuple[str, str]]:
         """Return the (folder, split) that the recipe holds out.  Raises ConfigError if there is none."""
         if self.run is None:
             raise ConfigError(_("there is nothing to evaluate on"), where=str(self.folder),
                               fix="danlu eval RUN --data heldout.txt")
-        named: list[tuple[str, str]] = [(str(s.folder), s.split) for s in self.run.eval]
-        return named or [(str(s.folder), "val") for s in self.run.data]
+        named: list[tuple[str, str]] = [(str(self.place(s)), s.split) for s in self.run.eval]
+        return named or [(str(self.place(s)), "val") for s in self.run.data]
 
     @property
     def length(self) -> int:
@@ -122,10 +128,19 @@ def objective_of(head: Head, where: str) -> Objective:
     return Regress(name=head.name)
 
 
-def open_subject(path: Path) -> Subject:
-    """Return the model of a run (its best checkpoint), of a checkpoint or of a Hugging Face folder."""
+def open_subject(path: Path, *, graph: bool = False) -> Subject:
+    """Return the model of a run (its best checkpoint), of a checkpoint or of a Hugging Face folder.
+
+    graph: an exported graph will do, too; without, ConfigError for one.
+    """
     folder = checkpoint.chosen(path)
-    return Subject(folder, Tokenizer.load(adapters.tokenizer_in(folder)), adapters.load(folder), recipe_of(folder))
+    tokenizer = Tokenizer.load(adapters.tokenizer_in(folder))
+    if session.file_in(folder) is None:
+        return Subject(folder, tokenizer, adapters.load(folder), recipe_of(folder))
+    if not graph:
+        raise ConfigError(_("a graph in ONNX has no weights to work on"), where=str(folder), fix=_(
+            "use the folder that it was exported from; danlu eval, predict and serve take the graph itself"))
+    return Subject(folder, tokenizer, session.SessionModel(folder), None)
 
 
 def recipe_of(folder: Path) -> Run | None:

@@ -135,7 +135,7 @@ def held_out_rows(subject: Subject, *, rows: int = ROWS, tokens: int = TOKENS) -
         return []
     found = list[list[int]]()
     for source in (*subject.run.eval, *subject.run.data):
-        place = source.folder
+        place = subject.place(source)
         if not (place / "manifest.json").is_file():
             continue
         split = "val" if read_manifest(place)["splits"].get("val") else source.split

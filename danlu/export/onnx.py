@@ -7,7 +7,6 @@ B rows, T tokens, K classes, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,30 +18,27 @@ import numpy as np
 import torch
 
 from danlu import files
-from danlu.errors import ConfigError, DataError
+from danlu.errors import ConfigError
 from danlu.evaluate.subject import Subject
 from danlu.export import source
 from danlu.export.beside import Beside, Spoken
 from danlu.export.graph import Graph, graph_of, said, shapes
+from danlu.models import session
 from danlu.models.build import Network
+from danlu.models.session import INT8, PLAIN
 from danlu.words import _
 
 if TYPE_CHECKING:
     from danlu.export.table import Options
 
-PLAIN, INT8 = "model.onnx", "model_quantized.onnx"
 OPSET = 18                                   # onnxruntime 1.14 and TensorRT 8.6 read it
 ONE_FILE = 1_800_000_000                     # bytes of weights; a protobuf file ends at 2 GiB
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 Quantize = Literal["int8"]
 
 
 def require() -> None:
     """Raise ConfigError unless the libraries are there."""
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(_("ONNX needs {names}, which is not installed").format(names=", ".join(missing)),
-                          where="--to onnx", fix='pip install "danlu[onnx]"')
+    session.require("onnx", "onnxruntime", "onnxscript", where="--to onnx")
 
 
 def export(subject: Subject, folder: Path, options: Options) -> None:
@@ -57,7 +53,7 @@ def export(subject: Subject, folder: Path, options: Options) -> None:
 
 def holds(path: Path) -> bool:
     """Return whether `path` is a folder with a graph."""
-    return (path / PLAIN).is_file() or (path / INT8).is_file()
+    return session.file_in(path) is not None
 
 
 def write(folder: Path, model: Network, *, cache: bool | None = None, quantize: Quantize | None = None) -> Path:
@@ -137,23 +133,10 @@ class Onnx(Spoken):
 
     def __init__(self, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> None:
         """Open it.  provider: cpu, cuda or tensorrt.  Raises ConfigError if onnxruntime has not that one here, DataError."""
-        require()
-        import onnxruntime
-
-        path = next((p for p in (folder / PLAIN, folder / INT8) if p.is_file()), None)
+        path = session.file_in(folder)
         if path is None:
             raise ConfigError(_("the folder holds no {file}").format(file=PLAIN), where=str(folder))
-        if PROVIDERS.get(provider) not in onnxruntime.get_available_providers():
-            raise ConfigError(_("onnxruntime has no {provider} here").format(provider=PROVIDERS.get(provider, provider)),
-                              where="--provider", fix=_("install onnxruntime-gpu, or use the provider cpu"))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys(
-                (PROVIDERS[provider], PROVIDERS["cpu"]))))
-        except Exception as error:               # the library raises classes that it does not export
-            raise DataError(_("the file is damaged or cannot be read: {why}").format(why=error), where=str(path)) from None
+        self.session = session.session_of(path, provider=provider, threads=threads)
         self.folder, self.name = folder, f"{folder.name} (onnxruntime, {self.session.get_providers()[0]})"
         self.kind = "onnx" if path.name == PLAIN else "quantized"
         self.inputs = {one.name: one.shape for one in self.session.get_inputs()}

@@ -250,7 +250,7 @@ class DecoderModel(nn.Module):
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
-        self.unpadded = False                            # set in training: padding is left out of all but attention
+        self.unpadded = False                            # True: padding is left out of all but attention
         self.taps = Taps()                               # opened where a student learns from the inside
         self.speaks: nn.Module | None = None             # the vocabulary's head as `decode.pack` lays it out
         # No buffer: `to_empty` would leave it without content.

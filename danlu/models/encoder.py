@@ -227,7 +227,7 @@ class EncoderModel(nn.Module):
         self.span: Span | None = None                    # set under context parallelism
         self.strip = Strip()                             # … and under sequence parallelism
         self.ahead = Ahead()                             # set by an adapter
-        self.unpadded = False                            # set in training: padding is left out of all but attention
+        self.unpadded = False                            # True: padding is left out of all but attention
         self.taps = Taps()                               # opened where a student learns from the inside
 
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,

@@ -8,6 +8,7 @@ enough.  B rows, T tokens, N real ones among them.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,32 +57,35 @@ def real(segments: Tensor | None) -> Real | None:
     lengths = (segments != 0).sum(-1)
     order = lengths.argsort(descending=True, stable=True)
     sizes = lengths[order].tolist()
-    cuts = _cuts(sizes)
+    apart = cuts(sizes, lambda size: size**2, WORTH)
     column = torch.arange(tokens, device=segments.device)
-    if not cuts or bool((index % tokens >= lengths[index // tokens]).any()):     # what is not at a row's start
+    if not apart or bool((index % tokens >= lengths[index // tokens]).any()):     # what is not at a row's start
         return Real(index, rows, tokens)
     parts = []
-    for first, last in itertools.pairwise([0, *cuts, rows]):
+    for first, last in itertools.pairwise([0, *apart, rows]):
         own = lengths[order[first:last], None] > column[: sizes[first]]
         parts.append(Part(order[first:last], sum(sizes[first:last]), Real(own.flatten().nonzero()[:, 0], *own.shape)))
     places = (order[:, None] * tokens + column)[lengths[order, None] > column]
     return Real(places, rows, tokens, tuple(parts))
 
 
-def _cuts(sizes: list[int]) -> list[int]:
-    """Return where to cut rows, the longest first, so that the squares of each part's longest cost least."""
+def cuts(sizes: list[int], cost: Callable[[int], int], worth: int) -> list[int]:
+    """Return where to cut rows, the longest first, into at most PARTS, so that the costs of each part's longest are least.
+
+    cost: of a row padded to so many tokens; worth: what a further part has to save.
+    """
     def halved(first: int, last: int) -> tuple[int, int]:
-        saved = [(last - at) * (sizes[first] ** 2 - sizes[at] ** 2) for at in range(first + 1, last)]
+        saved = [(last - at) * (cost(sizes[first]) - cost(sizes[at])) for at in range(first + 1, last)]
         best = max(range(len(saved)), key=saved.__getitem__, default=0)
         return (saved[best], first + 1 + best) if saved else (0, first)
 
-    cuts: list[int] = []
-    while len(cuts) < PARTS - 1:
-        saved, at = max(halved(first, last) for first, last in itertools.pairwise([0, *cuts, len(sizes)]))
-        if saved <= WORTH:
+    found: list[int] = []
+    while len(found) < PARTS - 1:
+        saved, at = max(halved(first, last) for first, last in itertools.pairwise([0, *found, len(sizes)]))
+        if saved <= worth:
             break
-        cuts = sorted([*cuts, at])
-    return cuts
+        found = sorted([*found, at])
+    return found
 
 
 def real_in(model: Any, segments: Tensor | None) -> Real | None:

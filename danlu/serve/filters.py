@@ -37,7 +37,7 @@ def opened(told: str, device: torch.device) -> Filter:
         chance = float(least) if equals else 0.5
     except ValueError:
         raise ConfigError(_("{text!r} is no probability").format(text=least), where="--filter") from None
-    task = rows.task_of(open_subject(Path(folder)), rows.How(overlong="cut"), device)
+    task = rows.task_of(open_subject(Path(folder), graph=True), rows.How(overlong="cut"), device)
     known: tuple[str, ...] = task.objective.labels if isinstance(task.objective, Classify) else ()
     if label not in known:
         raise ConfigError(_("the model has no class {label!r}; it has {labels}").format(label=label, labels=", ".join(known)),

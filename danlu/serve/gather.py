@@ -1,6 +1,8 @@
-"""Rows of tasks that wait at the same time are computed together, a fair share of each request in every batch.
+"""Rows of tasks that wait at the same time are computed together.
 
-There is no artificial delay: while one batch is computed, the next gathers.
+Every request is due when the server's patience with it ends; who is due first is computed first, and who could be answered in
+time only at the cost of those who wait already is refused.  So short ones pass long ones, and nobody who was let in waits much
+longer for it.  There is no artificial delay: while one batch is computed, the next gathers.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,7 +30,7 @@ from danlu.words import _
 
 Result = TypeVar("Result")
 USUAL, FRESH = 0.25, 0.1                                 # tokens of a character at first; share of what is new in their average
-TOGETHER = 64                                            # rows of a batch: those behind it wait no longer than for so many
+TOGETHER = 32                                            # rows of a batch: those behind it wait no longer than for so many
 
 
 class _Waiting:
@@ -35,7 +38,7 @@ class _Waiting:
 
     def __init__(self, task: rows.Task, lines: Sequence[Line], done: asyncio.Future[list[list[Said]]],
                  loop: asyncio.AbstractEventLoop) -> None:
-        self.task, self.done, self.loop = task, done, loop
+        self.task, self.done, self.loop, self.due = task, done, loop, 0.0
         self.left = deque(enumerate(lines))
         self.said: list[list[Said] | None] = [None] * len(lines)
         self.missing = len(lines)
@@ -43,11 +46,14 @@ class _Waiting:
         self.gone = False
 
 
-class _Read(NamedTuple):
-    """A request whose texts are read: its rows, and the tokens that one of them should have."""
+@dataclass(eq=False)
+class Read:
+    """A request whose texts are read: its rows, the tokens that one of them should have, and when it is due."""
 
     rows: int
     tokens: float
+    due: float
+    found: int = 0                                       # tokens of all, once they are known
 
 
 class _Job:
@@ -87,8 +93,8 @@ class Gather:
         self.most, self.meters, self.patience = most, meters, patience
         self.pace, self.again = Pace(), Again()
         self.until = 0.0                                 # when the batch that is computed should be done
-        self.waiting: deque[_Waiting] = deque()
-        self.read: list[_Read] = []
+        self.waiting: list[_Waiting] = []
+        self.read: list[Read] = []
         self.share = USUAL                               # tokens of a character, as seen lately
         self.jobs: deque[_Job] = deque()
         self.count, self.closed = 0, False
@@ -96,17 +102,18 @@ class Gather:
         self.thread = threading.Thread(target=self._run, name="danlu-rows", daemon=True)
         self.thread.start()
 
-    async def said(self, task: rows.Task, lines: Sequence[Line]) -> list[list[Said]]:
+    async def said(self, task: rows.Task, lines: Sequence[Line], *, read: Read | None = None) -> list[list[Said]]:
         """Return what the task's head gives for each row of each line.  Raises Refused if too many wait, or it would take long.
 
-        If the caller is cancelled, what is not yet computed never is.
+        read: what `reading` gave; its time has begun there.  If the caller is cancelled, what is not yet computed never is.
         """
         loop = asyncio.get_running_loop()
         one = _Waiting(task, lines, loop.create_future(), loop)
         with self.ready:
             if self.closed or self.count + len(lines) > self.most:
                 raise busy(_("{n} rows wait already; come again later").format(n=self.count), retry=self.again.refused())
-            if not self._soon(len(lines), one.tokens):
+            one.due = self._due(len(lines), one.tokens) if read is None else read.due
+            if not self._soon(len(lines), one.tokens, one.due):
                 raise self._late()
             self.waiting.append(one)
             self.count += len(lines)
@@ -138,20 +145,21 @@ class Gather:
             job.gone = True
 
     @contextmanager
-    def reading(self, rows: int, characters: int) -> Iterator[list[int]]:
+    def reading(self, rows: int, characters: int) -> Iterator[Read]:
         """Let the texts of a request be read; the caller leaves the number of their tokens in what it is given.
 
         Raises Refused, before anything is read, if they would take long by the number of their characters: who was refused only
         afterwards would make all others wait for the reading.
         """
-        place, tokens = _Read(rows, self.share * characters / max(1, rows)), list[int]()
+        each = self.share * characters / max(1, rows)
+        place = Read(rows, each, self._due(rows, each))
         with self.ready:
-            if not self._soon(rows, place.tokens, read=self.read):
+            if not self._soon(rows, each, place.due, read=self.read):
                 raise self._late()
             self.read.append(place)
         try:
-            yield tokens
-            self.share += FRESH * (sum(tokens) / max(1, characters) - self.share)
+            yield place
+            self.share += FRESH * (place.found / max(1, characters) - self.share)
         finally:
             with self.ready:
                 self.read.remove(place)
@@ -159,21 +167,27 @@ class Gather:
     def _late(self) -> Refused:
         return busy(_("the rows would take much longer than they do alone; come again later"), retry=self.again.refused())
 
-    def _soon(self, mine: int, each: float, *, read: Sequence[_Read] = ()) -> bool:
-        """Return whether a request is done in time: after the batch under way, and with its share of those who wait.
+    def _due(self, mine: int, each: float) -> float:
+        """Return until when a request of so many rows and tokens a row is to be done."""
+        return time.perf_counter() + self.patience.grants(self.pace.of(-(-mine // TOGETHER), mine, mine * each))
+
+    def _soon(self, mine: int, each: float, due: float, *, read: Sequence[Read] = ()) -> bool:
+        """Return whether a request is done in time, and those who are due after it as well.
 
         each: tokens of one of its rows; read: those whose texts are read, who wait soon.
         """
-        own = mine * each
-        others = [(min(len(one.left), mine), one.tokens) for one in self.waiting if not one.gone]
-        others += [(min(one.rows, mine), one.tokens) for one in read]
-        left = self.until - time.perf_counter()
-        if not others and left <= 0:
+        others = [(one.due, len(one.left), one.tokens) for one in self.waiting if not one.gone]
+        others += [(one.due, one.rows, one.tokens) for one in read]
+        now = time.perf_counter()
+        at = max(now, self.until)
+        if not self.pace.known or (not others and at == now):
             return True
-        rows = mine + sum(count for count, _size in others)
-        tokens = own + sum(count * size for count, size in others)
-        alone = self.pace.of(-(-mine // TOGETHER), mine, own)
-        return self.patience.lets(self.pace, alone, max(0.0, left) + self.pace.of(-(-rows // TOGETHER), rows, tokens))
+        rows, tokens = 0, 0.0
+        for until, count, size in sorted([*others, (due, mine, each)]):
+            rows, tokens = rows + count, tokens + count * size
+            if until >= due and at + self.pace.of(-(-rows // TOGETHER), rows, tokens) > until:
+                return False
+        return True
 
     def close(self) -> None:
         """End the thread after the batch that it computes."""
@@ -202,23 +216,17 @@ class Gather:
                 self.until = 0.0
 
     def _next(self) -> list[tuple[_Waiting, int, Line]]:
-        """Take a line of each request in turn, of those that ask for the same as the first."""
+        """Take lines of those that ask for the same as who is due first, in the order in which they are due."""
         batch: list[tuple[_Waiting, int, Line]] = []
         for one in [one for one in self.waiting if one.gone]:
             self.waiting.remove(one)
             self.count -= len(one.left)
-        mine = [one for one in self.waiting if one.task is self.waiting[0].task] if self.waiting else []
-        while mine and len(batch) < TOGETHER:
-            for one in list(mine):
-                number, line = one.left.popleft()
-                batch.append((one, number, line))
-                if not one.left:
-                    mine.remove(one)
-                    self.waiting.remove(one)
-                if len(batch) == TOGETHER:
-                    break
-        if self.waiting:
-            self.waiting.rotate(-1)                      # a long request, or another task, lets the next one be first
+        ordered = sorted(self.waiting, key=lambda one: one.due)
+        for one in [one for one in ordered if one.task is ordered[0].task]:
+            while one.left and len(batch) < TOGETHER:
+                batch.append((one, *one.left.popleft()))
+            if not one.left:
+                self.waiting.remove(one)
         self.count -= len(batch)
         self.meters.waiting.set(self.count)
         return batch

@@ -19,7 +19,7 @@ from danlu.evaluate.tell import Said, tell
 from danlu.nn.tasks import Kind
 from danlu.serve import filter as filters
 from danlu.serve.asked import Classes, Embeddings, Questions, Tags
-from danlu.serve.gather import Gather
+from danlu.serve.gather import Gather, Read
 from danlu.serve.limits import Limits, Refused
 from danlu.serve.meters import Meters
 from danlu.serve.served import ENDPOINTS, Served
@@ -61,16 +61,17 @@ async def said(scorer: Scorer, task: rows.Task, contents: Sequence[Content], tol
         raise Refused(400, _("{n} texts; a request has at most {most}").format(n=len(contents), most=scorer.limits.inputs),
                       param="input")
     characters = sum(len(_shown(one)) for one in contents)
+    read: Read | None = None
     if len(contents) <= FEW and not scorer.before and characters <= SHORT:
         lines = _lines(scorer, task, contents)           # done before another thread would have begun
     else:
-        with scorer.gather.reading(len(contents), characters) as tokens:
+        with scorer.gather.reading(len(contents), characters) as read:
             lines = await asyncio.get_running_loop().run_in_executor(scorer.reads, _lines, scorer, task, contents)
-            tokens.append(sum(len(row["ids"]) for line in lines for row in line.rows))
+            read.found = sum(len(row["ids"]) for line in lines for row in line.rows)
     told["prompt_tokens"] = sum(len(row["ids"]) for line in lines for row in line.rows)
     told["rows"] = len(lines)
     scorer.meters.tokens.labels("prompt").inc(told["prompt_tokens"])
-    return list(zip(lines, await scorer.gather.said(task, lines), strict=True))
+    return list(zip(lines, await scorer.gather.said(task, lines, read=read), strict=True))
 
 
 def _lines(scorer: Scorer, task: rows.Task, contents: Sequence[Content]) -> list[Line]:

@@ -84,7 +84,7 @@ def open_shelf(run: Path, named: Mapping[str, Path], *, device: torch.device, na
     how, first = rows.How(length=length, precision=precision), name or _called(run)
     _check_names([first, *named])
     if not named:
-        return Shelf({first: _served(first, None, open_subject(run), how, device)}, None)
+        return Shelf({first: _served(first, None, open_subject(run, graph=True), how, device)}, None)
     own = checkpoint.chosen(run)
     given = {first: own} if adapters.is_adapter(own) else {}
     given |= {name: checkpoint.chosen(folder) for name, folder in named.items()}
@@ -141,7 +141,8 @@ def _served(name: str, adapter: str | None, subject: Subject, how: rows.How, dev
     if able:
         model.use(paths.rule(device, next(model.parameters()).dtype, model.cfg.context, causal=True))
     template = template_of(subject)
-    weights = files.digest({p.name: files.sha256(p) for p in sorted(subject.folder.glob("*.safetensors"))})
+    weights = files.digest({p.name: files.sha256(p) for p in sorted(subject.folder.iterdir())
+                            if p.suffix in (".safetensors", ".onnx", ".data")})
     return Served(name, adapter, subject, weights, able, template, endings(template, subject.tokenizer) if able else (),
                   tasks, heads, int(time.time()))
 

@@ -27,7 +27,7 @@ def main(run: Path, *, data: str | None, split: str, sample_by: str, text: str, 
          max_new_tokens: int | None, out: Path | None, samples: Path | None, as_json: bool) -> int:
     """Print the figures of a task, or of answers that are written, or loss and perplexity; each with its 95 % interval."""
     device = parallel.start(threads=None, device="auto")
-    subject = open_subject(run)
+    subject = open_subject(run, graph=True)
     names = by_role(columns) | ({} if text == "text" else {"text": text}) | ({} if label is None else {"label": label})
     how = rows.How(split=split, names=names, encoding=encoding, format=format, overlong=overlong, length=length,
                    precision=precision, rows=batch, head=head)
@@ -65,7 +65,7 @@ def _of_task(subject: Subject, data: str | None, how: rows.How, device: torch.de
     task = rows.task_of(subject, how, device) if data is not None else None
     with predictions(samples, home) as write:
         if task is None or data is None:
-            return rows.on_all_held_out(subject, how, device, write, out=home)
+            return rows.on_all_held_out(subject, how, device, write)
         return [rows.judged_on(task, data, how, write)]
 
 

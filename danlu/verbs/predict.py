@@ -39,7 +39,7 @@ def main(run: Path, *, data: str | None, text: str | None, pair: str | None, out
     device = parallel.start(threads=None, device="auto")
     how = rows.How(names=by_role(columns), encoding=encoding, format=format, overlong=overlong, length=length,
                    precision=precision, rows=batch, head=head)
-    task = rows.task_of(open_subject(run), how, device)
+    task = rows.task_of(open_subject(run, graph=True), how, device)
     if text is not None:
         told = said_of(task, (text,) if pair is None else (text, pair), top=top_k)
         print(json.dumps(told, ensure_ascii=False) if as_json or out is not None else plain(told))

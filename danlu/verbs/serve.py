@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ def main(run: Path | None, *, adapter: list[str], host: str, port: int, key_file
     sock = connection.bind(host, port)                   # before minutes of loading
     log = Log(audit) if audit is not None else None
     device = parallel.start(threads=None, device="auto")
-    shelf = served.Shelf({}, None) if run is None else served.open_shelf(run, by_name(adapter), device=device, name=name,
-                                                                        length=length, precision=precision)
-    found = tuple(opened(one, device) for one in filter)
+    with ThreadPoolExecutor(1) as apart:                 # OpenMP keeps helpers for each living thread that ever computed: …
+        shelf = served.Shelf({}, None) if run is None else apart.submit(
+            served.open_shelf, run, by_name(adapter), device=device, name=name, length=length, precision=precision).result()
+        found = apart.submit(lambda: tuple(opened(one, device) for one in filter)).result()
+    # … were there more of them than cores, those of the thread that answers would be woken anew for every product
     sessions = of_keys.Sessions() if not no_page and host in HERE else None
     door = app.build(shelf, limits=bounds, keys=keys, hosts=hosts, literal=host not in HERE, log=log, sessions=sessions,
                      runs=runs or _beside(run),

@@ -193,12 +193,12 @@ def test_many_who_ask_for_much_are_refused_before_their_texts_are_read() -> None
     try:
         for _step in range(20):
             gather.pace.saw(1, 64, 64 * 10, 0.5)         # a batch of 64 rows of 10 tokens takes half a second
-        with gather.reading(64, 64 * 40) as tokens:      # 40 characters are about 10 tokens
+        with gather.reading(64, 64 * 40) as read:      # 40 characters are about 10 tokens
             with pytest.raises(Refused, match="much longer"), gather.reading(64, 64 * 40):
                 raise AssertionError("it was read")
             with gather.reading(1, 40):                  # a short one waits a little longer than it would alone
                 pass
-            tokens.append(64 * 10)
+            read.found = 64 * 10
         with gather.reading(64, 64 * 40):                # the place is free again
             pass
         with pytest.raises(ZeroDivisionError), gather.reading(64, 64 * 40):
