@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ def main() -> None:
         if os.environ.get("LC_ALL", os.environ.get("LANG", "C")) in ("C", "POSIX", ""):
             os.environ["LC_ALL"] = "C.UTF-8"             # gettext ignores LANGUAGE in the C locale
     code = cli.main(arguments, rank=rank, told=Path(told) if told else None)
-    if rank is not None and code:                        # an orderly end would wait for processes that never answer
+    if rank is not None:                                 # an orderly end might wait for processes and threads that never answer
+        if not code:
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -21,6 +21,7 @@ from danlu.words import _
 
 AXES = ("pp", "dp", "cp", "tp")                          # from the outermost to the innermost
 PATIENCE = timedelta(hours=2)                            # of a collective; the watchdog is faster, and names who hangs
+PARTING = 30.0                                           # seconds
 
 
 def launched() -> int:
@@ -142,9 +143,11 @@ def _ends(data: DeviceMesh) -> dist.ProcessGroup | None:
 
 
 def leave() -> None:
-    """Part from the other processes, once no thread uses them any more."""
+    """Part from the other processes, once no thread uses them any more; after PARTING seconds without: all is on disk."""
     if dist.is_available() and dist.is_initialized():
         for thread in threading.enumerate():
             if thread.name == "danlu-checkpoint":
                 thread.join()
-        dist.destroy_process_group()
+        parting = threading.Thread(target=dist.destroy_process_group, name="danlu-parting", daemon=True)
+        parting.start()
+        parting.join(PARTING)
