@@ -67,7 +67,7 @@ def _known(subject: Subject, how: rows.How) -> list[tuple[str, str]]:
     if subject.run is None:
         return []
     head = subject.head(how.head).name if subject.cfg.tasks else None
-    folders = [(s.folder, s.split) for s in subject.sources(head)] + [(s.folder, s.split) for s in subject.run.eval]
+    folders = [(subject.place(s), s.split) for s in (*subject.sources(head), *subject.run.eval)]
     return [(str(folder), split) for folder, split in folders if (Path(folder) / "manifest.json").is_file()]
 
 

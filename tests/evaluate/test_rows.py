@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from cli import command, environment
 
 from danlu import cli
 from danlu.errors import DataError
-from danlu.evaluate import rows
+from danlu.evaluate import calibrate, rows
 from danlu.evaluate.lines import read, source
 from danlu.evaluate.subject import open_subject
+from danlu.train import checkpoint
 
 from . import small
 
@@ -284,6 +286,20 @@ def test_a_prepared_folder_with_other_numbers_of_the_same_classes(run: Path, tmp
     direct = {one["line"]: (one["label"], one["predicted"]) for one in evaluated(run, tmp_path, "--data", data)[1]}
     assert len(told) == 54 and all(direct[one["line"]] == (one["label"], one["predicted"]) for one in told)
     assert record["confusion"][folder.name]["labels"] == ["bad", "good", "mixed"]
+
+
+def test_a_run_that_was_moved_finds_its_rows(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(run, moved)
+    file = checkpoint.chosen(moved) / "manifest.json"
+    told = json.loads(file.read_text())
+    for source_of in told["run"]["data"]:                # as if it had been trained with `--out runs/x`, from another folder
+        source_of["prepared"] = str(Path("runs/x/data") / Path(source_of["prepared"]).name)
+    file.write_text(json.dumps(told))
+    subject = open_subject(moved)
+    assert [subject.place(one) for one in subject.run.data] == [moved / "data" / Path(told["run"]["data"][0]["prepared"]).name]
+    both = calibrate.both(subject, None, count=10, how=rows.How())
+    assert len(both.given) + len(both.aside) == 10 and str(moved) in both.said
 
 
 def test_a_model_without_a_task_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
