@@ -15,6 +15,7 @@ from typing import NamedTuple
 from danlu.rehearse.ledger import Event
 
 SPREAD = {"load": 0.15, "evaluate": 0.75, "step": 0.6, "save": 0.15, "resume": 0.15}
+SMALL = SPREAD | {"step": 1.5}                           # … of small blocks alone, where the large ones go back
 LARGE = 2 << 20                                          # bytes of a block that is a mapping of its own under allocator=return
 GRAIN = 512                                              # bytes that PyTorch's caching allocator on CUDA rounds up to
 
@@ -36,7 +37,9 @@ class Need(NamedTuple):
 
 def spread(need: Need, phase: str, allocator: str) -> int:
     """Return the bytes that the allocator adds in a phase: where large blocks go back at once, to small ones alone."""
-    return int(SPREAD.get(phase, 0.0) * (need.spread if allocator == "keep" else need.small))
+    if allocator == "keep":
+        return int(SPREAD.get(phase, 0.0) * need.spread)
+    return int(SMALL.get(phase, 0.0) * need.small)
 
 
 def needs(events: Iterable[Event]) -> dict[str, Need]:

@@ -16,12 +16,12 @@ from danlu.rehearse import Rehearsal
 from danlu.train.recipe import Run
 
 PHASES = ("load", "evaluate", "step", "save", "resume", "merge", "export")
-JUDGING = 150_000_000                                    # scikit-learn and scipy, loaded before the first evaluation of a task
+JUDGING = 146_000_000                                    # scikit-learn and scipy, loaded before the first evaluation of a task
 TALKING = 10_000_000                                     # a process group: gloo's threads and buffers, the mesh
 PACKING = 62_000_000                                     # bitsandbytes
-LIBRARIES = {"load": 12_000_000, "evaluate": 20_000_000, "step": 15_000_000, "save": 10_000_000,      # oneDNN's and MKL's packed
+LIBRARIES = {"load": 12_000_000, "evaluate": 20_000_000, "step": 23_000_000, "save": 8_000_000,       # oneDNN's and MKL's packed
              "merge": 12_000_000, "export": 12_000_000}  # blocks and kernels
-SENDING = 20_000_000                                     # what gloo copies of gradients, and the writers of a checkpoint's parts
+SENDING = 5_000_000                                      # what gloo copies of gradients, and the writers of a checkpoint's parts
 SAFETY = 1.04                                            # of the whole: what differs from process to process
 
 
