@@ -27,13 +27,14 @@ PHASES = ("load", "evaluate", "step", "save", "resume")
 PROMISED = ("evaluate", "step", "save", "resume")       # whose bounds are 1 and MOST
 MOST, USUAL, NEAR = 1.15, 0.07, 0.15
 WHOLE = ("muon", "adafactor", "lamb")                   # optimizers that want whole matrices
-STEPS, FLOPS = 5, 2e12                                  # of a cell, forward and backward, at most
+STEPS, MOST_STEPS, FLOPS = 5, 60, 2e12                  # steps at least and at most; FLOPs of five, forward and backward, at most
+SECONDS, RATE = 3.0, 1e11                               # that steps should last, and FLOP/s by which their number is chosen
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 WORDS, HELD_OUT = 700, 0.04
 SIZES = ((64, 2, 2), (128, 2, 4), (256, 4, 4), (384, 4, 6), (512, 6, 8), (768, 4, 12), (768, 8, 12))     # width, layers, heads
 VOCABULARIES = (1024, 8192, 32000)
 OPTIMIZERS = ("adamw", "adamw", "sgd", "momentum", "lion", "adafactor", "lamb", "rmsprop", "adagrad", "muon")
-RATES = {"sgd": 1.0, "momentum": 0.1}                    # so that every weight moves in a few steps, and the loss stays above 0
+RATES = {"sgd": 1.0, "momentum": 0.1, "rmsprop": 1e-3}   # so that every weight moves in a few steps, and the loss stays above 0
 WAYS: dict[str, dict[str, Any]] = {
     "full": {}, "lora": {"adapt": {"kind": "lora", "rank": 8}}, "qlora": {"adapt": {"kind": "lora", "rank": 8, "base": "nf4"}},
     "prompt": {"adapt": {"kind": "prompt", "tokens": 16}, "pack": False}}
@@ -57,13 +58,24 @@ def cell(seed: int, number: int) -> dict[str, Any]:
             return made
 
 
+def work(of: dict[str, Any]) -> float:
+    """Return about how many FLOPs of fp32 a step would be that takes as long."""
+    parameters = 12 * of["layers"] * of["width"] ** 2 + of["vocab"] * of["width"] + 2 * of["layers"] * of["width"] * of["length"]
+    slower = (4 if of["precision"] == "bf16" else 1) * (1.3 if of["recompute"] != "none" else 1)
+    return float(6 * parameters * of["rows"] * of["length"] * slower)
+
+
+def steps_of(of: dict[str, Any]) -> int:
+    """Return the steps of a cell: short ones are many, since the first seconds of a process differ from the rest."""
+    return max(STEPS, min(MOST_STEPS, int(SECONDS / (work(of) / RATE + 0.02))))
+
+
 def possible(of: dict[str, Any]) -> bool:
     """Return whether the axes go together, and the cell takes seconds."""
     parameters = 12 * of["layers"] * of["width"] ** 2 + of["vocab"] * of["width"] + 2 * of["layers"] * of["width"] * of["length"]
-    slower = (4 if of["precision"] == "bf16" else 1) * (1.3 if of["recompute"] != "none" else 1)
     layout = PROCESSES[of["processes"]]
     alone = of["processes"] == "1"
-    return (6 * parameters * of["rows"] * of["length"] * STEPS * slower <= FLOPS
+    return (work(of) * STEPS <= FLOPS
             and 2 * parameters * 10_000 * 3 * (4 if of["precision"] == "bf16" else 1) <= FLOPS
             and of["rows"] % (of["micro"] * layout.get("dp", 1)) == 0
             and (alone or (of["way"] in ("full", "lora") and of["objective"] == "lm"))
@@ -97,11 +109,11 @@ def recipe(of: dict[str, Any], place: Path, shared: Path) -> dict[str, Any]:
     made: dict[str, Any] = {
         "out": str(place / "run"), "data": [{"path": prepared(objective, of, shared)}],
         "objective": {"kind": objective}, "optim": {"kind": of["optim"], "lr": RATES.get(of["optim"], 1e-2)},
-        "schedule": {"kind": "constant"}, "rows": of["rows"], "length": of["length"], "steps": STEPS,
+        "schedule": {"kind": "constant"}, "rows": of["rows"], "length": of["length"], "steps": steps_of(of),
         "overlong": "cut" if objective == "classify" or of["way"] == "prompt" else "split", "precision": of["precision"],
         "recompute": of["recompute"], "layout": {**PROCESSES[of["processes"]], "micro": of["micro"]}, "device": "cpu",
         "allocator": of["allocator"],
-        "audit": {"stop": []}, "every": {"save": 3, "log": 1, "best": False}, "guard": {"spike": 1e9}}
+        "audit": {"stop": []}, "every": {"save": steps_of(of) // 2 + 1, "log": 1, "best": False}, "guard": {"spike": 1e9}}
     way = WAYS[of["way"]]
     if way or of["objective"] == "classify":
         return made | {"start": str(started(of, shared))} | way
@@ -184,7 +196,7 @@ def measured(of: dict[str, Any], shared: Path, *, plan: bool = True, probe: bool
         told = danlu("plan", str(file), *(["--probe"] if probe else [])) if plan else {}
         danlu("train", str(file))
         first = files.read_json(place / "run" / "run.json")["measured"]
-        danlu("train", str(file), f"steps={STEPS + 1}")
+        danlu("train", str(file), f"steps={steps_of(of) + 1}")
         again = files.read_json(place / "run" / "run.json")["measured"]
     peaks = {**first["peak"], "resume": again["peak"]["resume"]}
     return {"cell": of, "predicted": told, "peak": peaks, "step_seconds": first["step_seconds"], "seconds": first["seconds"]}
@@ -202,28 +214,41 @@ def table(lines: list[dict[str, Any]]) -> str:
     """Return the Markdown table and the line that sums it up."""
     out = ["| cell | " + " | ".join(f"{name}, MB | ratio" for name in PHASES) + " | step, s | error |",
            "|---|" + "---|" * (2 * len(PHASES) + 2)]
-    errors, worst, held = list[float](), {name: [9.0, 0.0] for name in PHASES}, 0
     for line in lines:
         if "failed" in line:
             out.append(f"| {described(line['cell'])} | {line['failed']} |")
             continue
         ratios, error = row(line)
-        for name, ratio in ratios.items():
-            worst[name] = [min(worst[name][0], ratio), max(worst[name][1], ratio)]
-        held += bool(ratios) and all(1 <= ratio <= MOST for name, ratio in ratios.items() if name in PROMISED)
-        errors += [] if error is None else [abs(error)]
         told = {name: f"{ratio:.3f}" + ("" if 1 <= ratio <= MOST else " ✗") for name, ratio in ratios.items()}
         marks = [f"{line['peak'].get(name, 0) / 1e6:.0f} | {told.get(name, '–')}" for name in PHASES]
         out.append(f"| {described(line['cell'])} | " + " | ".join(marks) + f" | {line['step_seconds']:.3f} | "
                    + ("–" if error is None else f"{error:+.1%}" + ("" if abs(error) <= NEAR else " ✗")) + " |")
     good = [line for line in lines if "failed" not in line]
-    out.append("")
-    spread = " · ".join(f"{name} {low:.3f} – {high:.3f}" for name, (low, high) in worst.items() if high)
-    out.append(f"{len(good)} of {len(lines)} cells ran · memory within 1 – {MOST} in {held}: {spread}")
-    if errors:
-        out.append(f"time: median error {statistics.median(errors):.1%} (at most {USUAL:.0%}), within {NEAR:.0%} in "
-                   f"{sum(e <= NEAR for e in errors)} of {len(errors)}, worst {max(errors):.1%}")
+    out += ["", f"{len(good)} of {len(lines)} cells ran"]
+    for kind in ("return", "keep"):
+        out += summed(kind, [line for line in good if line["cell"]["allocator"] == kind])
     return "\n".join(out)
+
+
+def summed(kind: str, lines: list[dict[str, Any]]) -> list[str]:
+    """Return what the cells of one allocator come to: in how many each bound holds, and how far they are off."""
+    if not lines:
+        return []
+    found = [row(line) for line in lines]
+    held = sum(all(1 <= ratio <= MOST for name, ratio in ratios.items() if name in PROMISED) for ratios, _error in found)
+    spread = []
+    for name in PHASES:
+        each = sorted(ratios[name] for ratios, _error in found if name in ratios)
+        if each:
+            inside = sum(1 <= ratio <= MOST for ratio in each)
+            spread.append(f"{name} {each[0]:.3f} – {each[-1]:.3f} ({inside} of {len(each)})")
+    out = [f"allocator={kind}: memory within 1 – {MOST} in {held} of {len(lines)}: " + " · ".join(spread)]
+    errors = [abs(error) for _ratios, error in found if error is not None]
+    if errors:
+        near = sum(error <= NEAR for error in errors)
+        out.append(f"allocator={kind}: time: median error {statistics.median(errors):.1%} (at most {USUAL:.0%}), within "
+                   f"{NEAR:.0%} in {near} of {len(errors)}, worst {max(errors):.1%}")
+    return out
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,9 +93,7 @@ def shape(run: Run, vocab: int | None) -> Shape:
         raise ConfigError(_("{family} is a model of transformers, whose inside is not rehearsed").format(
             family=known.network.family), where=str(run.start), fix=_("let it train a few steps: steps=3"))
     known = known.model_copy(update={"device": device.type})
-    began = time.perf_counter()
-    batch, held = batches_of(known, data)
-    taken = time.perf_counter() - began
+    batch, held, taken = batches_of(known, data)
     _rows, total = setup.training_rows(known, data)
     return Shape(known, batch, held, total, sum(shards.documents for shards in data.held_out), taken)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,28 +18,37 @@ from danlu.train.run import AT_ONCE
 from danlu.train.setup import Data, training_rows
 
 LOOKED_AT = 64                                           # steps whose batches are made to find the longest
+TIMED = 4                                                # … and to tell what making one takes
 
 
-def batches_of(run: Run, data: Data) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Return the rows of a step of process 0, and of a batch that is only measured (None: nothing is held out)."""
+class Batches(NamedTuple):
+    """The rows of a step of process 0, those of a batch that is only measured, and the seconds that making the first takes."""
+
+    step: dict[str, Tensor]
+    held_out: dict[str, Tensor] | None                   # None: nothing is held out
+    seconds: float
+
+
+def batches_of(run: Run, data: Data) -> Batches:
+    """Return the batches of a run."""
     rows, total = training_rows(run, data)
     steps = Steps(rows, run.objective, data.tokenizer.special, per_step=run.step_rows, length=run.length, seed=run.seed,
                   position=rows.begin(), share=(0, run.layout.dp), tight=run.tight)
-    batch = longest(steps, min(total, LOOKED_AT if run.tight else 1))
-    return batch, held_out(run, data, batch)
+    batch, seconds = longest(steps, min(total, LOOKED_AT if run.tight else TIMED))
+    return Batches(batch, held_out(run, data, batch), seconds)
 
 
-def longest(steps: Steps, number: int) -> dict[str, Tensor]:
-    """Return the longest of the first `number` batches."""
+def longest(steps: Steps, number: int) -> tuple[dict[str, Tensor], float]:
+    """Return the longest of the first `number` batches, and the median seconds of making one, the first left out."""
     found: dict[str, Tensor] | None = None
-    for batch, _after in steps:
+    taken, at = list[float](), time.perf_counter()
+    for batch, _after in islice(steps, number):
+        taken.append(time.perf_counter() - at)
         if found is None or batch["ids"].shape[-1] > found["ids"].shape[-1]:
             found = batch
-        number -= 1
-        if number <= 0:
-            break
+        at = time.perf_counter()
     assert found is not None, "a run has rows: it was checked when the data was opened"
-    return found
+    return found, statistics.median(taken[1:] or taken)
 
 
 def held_out(run: Run, data: Data, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -50,7 +63,7 @@ def held_out(run: Run, data: Data, like: Mapping[str, Tensor]) -> dict[str, Tens
         steps = Steps(rows, run.objective, data.tokenizer.special, length=run.length, seed=0, position=rows.begin(),
                       per_step=min(number, at_once) if layout.world == 1 else at_once * layout.dp, rows_in_all=number,
                       share=(0, layout.dp), fill=layout.world > 1, tight=run.tight)
-        found.append(longest(steps, LOOKED_AT if run.tight else 1))
+        found.append(longest(steps, LOOKED_AT if run.tight else 1)[0])
     return max(found, key=lambda batch: batch["ids"].numel(), default=None)
 
 
