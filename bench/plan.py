@@ -81,7 +81,7 @@ def possible(of: dict[str, Any]) -> bool:
             and (alone or (of["way"] in ("full", "lora") and of["objective"] == "lm"))
             and not (layout.get("shard") and of["optim"] in WHOLE)
             and not (layout.get("tp") and (of["optim"] in WHOLE or of["way"] != "full" or of["family"] == "bert"))
-            and (of["way"] != "prompt" or alone))
+            and (of["way"] != "prompt" or (alone and of["optim"] != "muon")))         # which works on matrices of the blocks
 
 
 def described(of: dict[str, Any]) -> str:

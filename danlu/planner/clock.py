@@ -1,7 +1,7 @@
 """How long a step takes, by part, and what the whole run takes of time, energy and money.
 
 Matrix products go at the machine's rate in the run's precision, everything else at the speed of its memory, messages at
-that of its links.  A probe of a few real steps replaces the first two by what they take here.
+that of its links.  A probe of a few real steps replaces all of them by what they take here.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ class Time(NamedTuple):
 def clock(run: Run, rehearsal: Rehearsal, machine: Machine, work: Work, *, checkpoint: int, probe: float | None = None) -> Time:
     """Return the time of a step and of the run.
 
-    checkpoint: bytes of one; probe: seconds of a step of one process alone, as measured.
+    checkpoint: bytes of one; probe: seconds of a step, as measured in all of the layout's processes.
     """
     rate = machine.rate(run.precision) or machine.rate("fp32")
     compute = work.flops / rate if rate else math.inf
     memory = work.moved / machine.device.bandwidth
     if run.allocator == "return" and machine.device.kind == "cpu":
         compute, memory = compute * RETURNING, memory * RETURNING
-    if probe is not None:
-        compute, memory = probe, 0.0
     messages = sent(run, rehearsal, machine)
     bubble = (compute + memory) * rehearsal.bubble_by_work / (1 - rehearsal.bubble_by_work)
+    if probe is not None:
+        compute, memory, messages, bubble = probe, 0.0, 0.0, 0.0
     every, saves = run.every, 1 + (work.steps - 1) // run.every.save if run.every.save else 1
     evaluations = (2 + ((work.steps - 1) // every.evaluate if every.evaluate else 0)) if work.held_out else 0
     one = (compute + memory) * FORWARD * work.held_out / run.step_rows

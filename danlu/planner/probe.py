@@ -1,7 +1,6 @@
-"""A few real steps of a run's own shape, in a process of its own: how long one takes here.
+"""A few real steps of a run's own shape, in as many processes as it has, with their share of the cores: how long one takes here.
 
-The rows are those of the run, the weights random; nothing is written.  One process alone is measured, as large as one of the
-layout's, with its share of the threads: what several say to each other is reckoned.
+The rows are those of the run, the weights random; nothing is written.
 """
 
 from __future__ import annotations
@@ -15,37 +14,45 @@ import tempfile
 import time
 from pathlib import Path
 
-from danlu import config
+import torch
+
+from danlu import config, doctor
 from danlu.errors import DanluError, ResourceError
+from danlu.parallel import World
 from danlu.words import _
 
 STEPS, SECONDS = 24, 4.0                                 # at most; three at least
 
 
-def probe(file: Path, overrides: list[str], *, threads: int | None) -> float:
-    """Return the median seconds of a step of the recipe.  Raises ResourceError if it cannot be made."""
-    words = json.dumps([str(file.resolve()), overrides, threads])
+def probe(file: Path, overrides: list[str], *, threads: int | None, world: int = 1) -> float:
+    """Return the median seconds of a step of the recipe, what `world` processes say to each other included.
+
+    Raises ResourceError if it cannot be made.
+    """
+    words, command = json.dumps([str(file.resolve()), overrides, threads]), [sys.executable]
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run([sys.executable, "-m", "danlu.planner.probe", words], capture_output=True, text=True, check=False,
+    if world > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+        environment = {"OMP_NUM_THREADS": str(max(1, doctor.cores_here() // world)), "GLOO_SOCKET_IFNAME": "lo",
+                       "TORCH_CPP_LOG_LEVEL": "FATAL"} | environment
+    done = subprocess.run([*command, "-m", "danlu.planner.probe", words], capture_output=True, text=True, check=False,
                           env=environment)
-    if done.returncode:
-        raise ResourceError(_("the probe failed: {why}").format(why=(done.stderr.strip().splitlines() or [""])[-1][:300]),
-                            fix=_("leave --probe out"))
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
+    told = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    if done.returncode or not told:
+        lines = [line for line in done.stderr.strip().splitlines() if not line.startswith((" ", "=", "-", "E1", "W1"))]
+        raise ResourceError(_("the probe failed: {why}").format(why=(lines or [""])[-1][:300]), fix=_("leave --probe out"))
+    return float(json.loads(told[-1])["seconds"])
 
 
 def steps(file: Path, overrides: list[str], threads: int | None) -> list[float]:
     """Make the steps; return the seconds of each of the later half: the first ones make state, kernels and fresh memory."""
     from danlu import parallel
-    from danlu.layout import Layout
     from danlu.planner.rows import batches_of
     from danlu.train import setup
     from danlu.train.recipe import Run
 
     run = config.load(Run, file, overrides)
     device = parallel.start(threads=run.threads or threads, device=run.device, allocator=run.allocator)
-    rows = max(1, run.step_rows // run.layout.dp)
-    run = run.model_copy(update={"layout": Layout(micro=run.layout.micro), "rows": rows, "tokens": None, "micro_rows": None})
     with tempfile.TemporaryDirectory(prefix="danlu-probe-") as folder:
         run = run.model_copy(update={"out": Path(folder)})
         world = parallel.join(run.layout, device)
@@ -54,18 +61,25 @@ def steps(file: Path, overrides: list[str], threads: int | None) -> list[float]:
         work = setup.assemble(run, data, setup.make_model(run, choice, world))
         batch = batches_of(run, data).step
         taken: list[float] = []
-        began = time.perf_counter()
-        while len(taken) < 3 or (len(taken) < STEPS and time.perf_counter() - began < SECONDS):
+        while len(taken) < 3 or (len(taken) < STEPS and agreed(world, sum(taken)) < SECONDS):
             at = time.perf_counter()
             work.engine.forward_backward(batch, step=len(taken))
             work.engine.update(work.optimizer, 1e-6, allow=lambda norm: True)
-            taken.append(time.perf_counter() - at)
+            taken.append(agreed(world, time.perf_counter() - at))
+        parallel.leave()
     return taken[len(taken) // 2 :]
+
+
+def agreed(world: World, seconds: float) -> float:
+    """Return the largest of the seconds of all processes."""
+    return seconds if world.size == 1 else float(world.most(torch.tensor([seconds], dtype=torch.float64)))
 
 
 if __name__ == "__main__":
     try:
         told = json.loads(sys.argv[1])
-        print(json.dumps({"seconds": statistics.median(steps(Path(told[0]), told[1], told[2]))}))
+        seconds = statistics.median(steps(Path(told[0]), told[1], told[2]))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps({"seconds": seconds}))
     except DanluError as error:
         sys.exit(str(error))

@@ -28,7 +28,7 @@ def recipe(file: Path | None, overrides: list[str], *, machine: Machine, vocab: 
     machine = machine.model_copy(update={"count": run.layout.world})
     run = located(run if vocab is not None else taken_in(run))
     of = shape(run, vocab)
-    seconds = probed(path, overrides, threads=run.threads) if probe and run.layout.world == 1 else None
+    seconds = probed(path, overrides, threads=run.threads, world=run.layout.world) if probe else None
     found = plan(of, machine, probe=seconds)
     helps = [] if found.fits else fixes(of, machine, found)
     if as_json:

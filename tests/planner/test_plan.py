@@ -122,11 +122,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_is_planned_filled_in_and_measured(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = {"out": str(tmp_path / "run"), "data": [{"path": str(rows / "rows.txt")}], "tokenizer": str(rows / "tokenizer"),
+def real(rows: Path, place: Path, **more: Any) -> dict[str, Any]:
+    """A recipe whose rows are there."""
+    return {"out": str(place / "run"), "data": [{"path": str(rows / "rows.txt")}], "tokenizer": str(rows / "tokenizer"),
             "objective": {"kind": "causal_lm"}, "optim": {"kind": "adamw"}, "schedule": {"kind": "constant"}, "rows": 2,
             "steps": 3, "length": 64, "overlong": "split", "threads": 1, "device": "cpu", "audit": {"stop": []},
-            "model": {k: v for k, v in DECODER.items() if k != "vocab"}}
+            "model": {k: v for k, v in DECODER.items() if k != "vocab"}, **more}
+
+
+def test_a_run_is_planned_filled_in_and_measured(rows: Path, tmp_path: Path) -> None:
+    made = real(rows, tmp_path)
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(made))
     assert cli.main(["train", str(file), "plan=auto"]) == 0
@@ -136,3 +141,16 @@ def test_a_run_is_planned_filled_in_and_measured(rows: Path, tmp_path: Path, cap
     measured = run["measured"]
     assert measured["steps"] == 3 and measured["step_seconds"] > 0
     assert {"load", "evaluate", "step", "save"} <= measured["peak"].keys() & told["phases"].keys()
+
+
+@pytest.mark.parametrize("layout", [{}, pytest.param({"dp": 2}, marks=pytest.mark.slow), pytest.param(
+    {"pp": 2, "micro": 2}, marks=pytest.mark.slow)], ids=str)
+def test_a_probe_makes_steps_in_all_processes_and_leaves_nothing(layout: dict[str, int], rows: Path, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(real(rows, tmp_path, layout=layout)), encoding="utf-8")
+    assert cli.main(["plan", str(file), "--probe", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["time"]
+    assert told["probed"] and told["messages"] == told["bubble"] == told["memory"] == 0
+    assert 0 < told["compute"] < told["step"] < 10
+    assert not (tmp_path / "run" / "run.json").exists()
