@@ -16,27 +16,31 @@ from pathlib import Path
 
 import torch
 
-from danlu import config, doctor
+from danlu import config, doctor, files
 from danlu.errors import DanluError, ResourceError
 from danlu.parallel import World
+from danlu.train.recipe import Run
 from danlu.words import _
 
 STEPS, SECONDS = 24, 4.0                                 # at most; three at least
 
 
-def probe(file: Path, overrides: list[str], *, threads: int | None, world: int = 1) -> float:
-    """Return the median seconds of a step of the recipe, what `world` processes say to each other included.
+def probe(run: Run) -> float:
+    """Return the median seconds of a step of a run whose rows are prepared, what its processes say to each other included.
 
     Raises ResourceError if it cannot be made.
     """
-    words, command = json.dumps([str(file.resolve()), overrides, threads]), [sys.executable]
-    environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    world, command = run.layout.world, [sys.executable]
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(run.threads)} if run.threads else {})
     if world > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         environment = {"OMP_NUM_THREADS": str(max(1, doctor.cores_here() // world)), "GLOO_SOCKET_IFNAME": "lo",
                        "TORCH_CPP_LOG_LEVEL": "FATAL"} | environment
-    done = subprocess.run([*command, "-m", "danlu.planner.probe", words], capture_output=True, text=True, check=False,
-                          env=environment)
+    with tempfile.TemporaryDirectory(prefix="danlu-probe-") as folder:
+        file = Path(folder) / "recipe.json"
+        files.write_json(file, config.dump(run))
+        done = subprocess.run([*command, "-m", "danlu.planner.probe", str(file)], capture_output=True, text=True, check=False,
+                              env=environment)
     told = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
     if done.returncode or not told:
         lines = [line for line in done.stderr.strip().splitlines() if not line.startswith((" ", "=", "-", "E1", "W1"))]
@@ -44,15 +48,13 @@ def probe(file: Path, overrides: list[str], *, threads: int | None, world: int =
     return float(json.loads(told[-1])["seconds"])
 
 
-def steps(file: Path, overrides: list[str], threads: int | None) -> list[float]:
+def steps(run: Run) -> list[float]:
     """Make the steps; return the seconds of each of the later half: the first ones make state, kernels and fresh memory."""
     from danlu import parallel
     from danlu.planner.rows import batches_of
     from danlu.train import setup
-    from danlu.train.recipe import Run
 
-    run = config.load(Run, file, overrides)
-    device = parallel.start(threads=run.threads or threads, device=run.device, allocator=run.allocator)
+    device = parallel.start(threads=run.threads, device=run.device, allocator=run.allocator)
     with tempfile.TemporaryDirectory(prefix="danlu-probe-") as folder:
         run = run.model_copy(update={"out": Path(folder)})
         world = parallel.join(run.layout, device)
@@ -77,8 +79,7 @@ def agreed(world: World, seconds: float) -> float:
 
 if __name__ == "__main__":
     try:
-        told = json.loads(sys.argv[1])
-        seconds = statistics.median(steps(Path(told[0]), told[1], told[2]))
+        seconds = statistics.median(steps(config.load(Run, Path(sys.argv[1]), [])))
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps({"seconds": seconds}))
     except DanluError as error:

@@ -23,12 +23,11 @@ from danlu.words import _
 
 def recipe(file: Path | None, overrides: list[str], *, machine: Machine, vocab: int | None, probe: bool, as_json: bool) -> int:
     """Print what the run needs in each phase, how long it takes, and the cheapest changes if it does not fit (exit code 5)."""
-    path = needed(file)
-    run = config.load(Run, path, overrides)
+    run = config.load(Run, needed(file), overrides)
     machine = machine.model_copy(update={"count": run.layout.world})
     run = located(run if vocab is not None else taken_in(run))
     of = shape(run, vocab)
-    seconds = probed(path, overrides, threads=run.threads, world=run.layout.world) if probe else None
+    seconds = probed(run) if probe else None
     found = plan(of, machine, probe=seconds)
     helps = [] if found.fits else fixes(of, machine, found)
     if as_json:
