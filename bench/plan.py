@@ -226,12 +226,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     good = [line for line in lines if "failed" not in line]
     out += ["", f"{len(good)} of {len(lines)} cells ran"]
     for kind in ("return", "keep"):
-        out += summed(kind, [line for line in good if line["cell"]["allocator"] == kind])
+        for processes, single in (("one process", True), ("two processes", False)):
+            chosen = [line for line in good if line["cell"]["allocator"] == kind and (line["cell"]["processes"] == "1") == single]
+            out += summed(f"allocator={kind}, {processes}", chosen)
     return "\n".join(out)
 
 
 def summed(kind: str, lines: list[dict[str, Any]]) -> list[str]:
-    """Return what the cells of one allocator come to: in how many each bound holds, and how far they are off."""
+    """Return what some cells come to: in how many each bound holds, and how far they are off."""
     if not lines:
         return []
     found = [row(line) for line in lines]
@@ -242,11 +244,11 @@ def summed(kind: str, lines: list[dict[str, Any]]) -> list[str]:
         if each:
             inside = sum(1 <= ratio <= MOST for ratio in each)
             spread.append(f"{name} {each[0]:.3f} – {each[-1]:.3f} ({inside} of {len(each)})")
-    out = [f"allocator={kind}: memory within 1 – {MOST} in {held} of {len(lines)}: " + " · ".join(spread)]
+    out = [f"{kind}: memory within 1 – {MOST} in {held} of {len(lines)}: " + " · ".join(spread)]
     errors = [abs(error) for _ratios, error in found if error is not None]
     if errors:
         near = sum(error <= NEAR for error in errors)
-        out.append(f"allocator={kind}: time: median error {statistics.median(errors):.1%} (at most {USUAL:.0%}), within "
+        out.append(f"{kind}: time: median error {statistics.median(errors):.1%} (at most {USUAL:.0%}), within "
                    f"{NEAR:.0%} in {near} of {len(errors)}, worst {max(errors):.1%}")
     return out
 

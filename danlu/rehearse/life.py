@@ -73,10 +73,13 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
             if copies:
                 ledger.phase("save")
                 one.spare = one.snapshot(own=True)
+                one.puts_together()
                 one.steps(given, number=1)
+                ledger.maps(0)
             one.evaluate(told)
             ledger.phase("save")
             one.snapshot(own=False)
+            one.puts_together()
         return Life(ledger.log, *(work * every // micro + rest for work, rest in one.work))
 
 
@@ -135,13 +138,20 @@ class _Process:
     def fill_buckets(self) -> None:
         """Let gradients end in DDP's buckets, of which they are views once the last micro-batch is exchanged."""
         for leaf in self.engine.leaves:
-            bucket, times = torch.zeros_like(leaf.param), count(1)
+            buckets, times = list[Tensor](), count(1)    # nothing has touched its pages before the first gradient does
 
-            def moved(param: Tensor, bucket: Tensor = bucket, times: Iterator[int] = times) -> None:
+            def moved(param: Tensor, buckets: list[Tensor] = buckets, times: Iterator[int] = times) -> None:
+                if not buckets:
+                    buckets.append(torch.zeros_like(param))
                 if next(times) % self.run.layout.micro == 0:
-                    param.grad = bucket
+                    param.grad = buckets[0]
 
             leaf.param.register_post_accumulate_grad_hook(moved)
+
+    def puts_together(self) -> None:
+        """Map what all processes have written, as the first one does that makes one file of it; alone there is nothing to do."""
+        if self.run.layout.world > 1:
+            self.ledger.maps(_bytes(self.stored()))
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the model that a checkpoint holds."""
