@@ -9,19 +9,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from danlu.adapt.folder import Base, Stored
 from danlu.adapt.targets import kept
 from danlu.nn import attention, paths
 from danlu.parallel import DTYPES
 from danlu.parallel.place import Placed
 from danlu.rehearse.ledger import Event, Ledger, changed, following
 from danlu.rehearse.trace import materialise, placed_as, process, stand_ins
-from danlu.train import checkpoint
+from danlu.train import adapted, checkpoint
 from danlu.train.recipe import Run
 from danlu.train.step import Engine
 
@@ -156,7 +158,7 @@ class _Process:
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the model that a checkpoint holds."""
         held = self.model.state_dict()
-        return held if self.run.adapt is None else {name: held[name] for name in kept(self.model, self.run.network)}
+        return {name: held[name] for name in kept(self.model, self.run.network)} if adapted.apart(self.run) else held
 
     def reload(self, batch: dict[str, Tensor], fresh: Placed) -> None:
         """Do as `check_reload`: a row through the model, and through a second one that is read from the checkpoint."""
@@ -165,7 +167,7 @@ class _Process:
         self.model.eval()
         with torch.no_grad():
             self.engine.sums(row)
-            begin(run, fresh, ledger, fill=run.adapt is not None)
+            begin(run, fresh, ledger, fill=adapted.apart(run))
             size = _bytes(self.stored())
             ledger.maps(size)
             other = Engine(fresh.use(self.choice).eval(), run.objective, precision=run.precision, clip=None, seed=0)
@@ -208,9 +210,10 @@ class _Process:
             self.work = (passes[0], self.ledger.flops - passes[0]), (passes[1], self.ledger.moved - passes[1])
 
     def snapshot(self, *, own: bool) -> Any:
-        """Copy the state as a save does."""
+        """Copy the state as a save does: of an adapter that stands apart nothing else."""
+        apart = Stored(self.run.adapt, Base(Path(), {})) if self.run.adapt is not None and adapted.apart(self.run) else None
         return checkpoint.snapshot(0, self.run.network, self.model, self.optimizer, ema=self.ema, state={}, facts={},
-                                   tokenizer=None, own=own)
+                                   tokenizer=None, own=own, adapter=apart)
 
 
 def begin(run: Run, model: Placed, ledger: Ledger, *, fill: bool = True) -> None:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from danlu import cli, config
 from danlu.adapt import quantize
+from danlu.adapt.lora import LoRA
 from danlu.data.kinds import BPE
 from danlu.data.tokenizer import train
 from danlu.models.build import build
@@ -19,6 +20,7 @@ from danlu.nn import paths
 from danlu.parallel.place import alone
 from danlu.planner.blocks import needs
 from danlu.planner.hardware import here
+from danlu.planner.memory import stored
 from danlu.planner.plan import Plan, Shape, fixes, plan, shape
 from danlu.planner.rows import repeated
 from danlu.rehearse import rehearse, settled
@@ -154,3 +156,11 @@ def test_a_probe_makes_steps_in_all_processes_and_leaves_nothing(layout: dict[st
     assert told["probed"] and told["messages"] == told["bubble"] == told["memory"] == 0
     assert 0 < told["compute"] < told["step"] < 10
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_save_of_an_adapter_copies_the_adapter_alone(tmp_path: Path) -> None:
+    run = settled(recipe(), None).model_copy(update={"adapt": LoRA(rank=2), "start": tmp_path})
+    batch = repeated(columns(run), run.step_rows)
+    with_copies, without = (needs(life(run, batch, None, copies=copies).events)["save"].tensors for copies in (True, False))
+    told = stored(run, rehearse(run.model_copy(update={"start": None})))
+    assert with_copies - without == pytest.approx(told["checkpoint"], rel=0.01) and told["checkpoint"] < told["model"] / 3
