@@ -85,12 +85,12 @@ class SessionModel(nn.Module):
 
         ids, segments (0 for padding; of vectors the number of the text), types [B, T].  Vectors have length 1.
         """
-        if [head.kind for head in self.cfg.tasks] != ["embed"]:
-            mask = torch.ones_like(ids) if segments is None else (segments != 0).to(ids.dtype)
+        texts = 1 if segments is None else int(segments.max())
+        if segments is None or texts == 1:
+            mask = torch.ones_like(ids) if segments is None else segments.to(ids.dtype)
             return self._apart(ids, mask, types) if len(ids) > 1 else self._said(ids, mask, types)
-        parts = [self._said(*_of_stretch(ids, segments, number), None) for number in range(
-            1, 1 + (1 if segments is None else int(segments.max())))]
-        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+        parts = [self._said(*_of_stretch(ids, segments, number), None) for number in range(1, 1 + texts)]
+        return {head.name: torch.cat([part[head.name] for part in parts], 1) for head in self.cfg.tasks if head.kind == "embed"}
 
     def _apart(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> dict[str, Tensor]:
         """Return what is said of rows that end in padding; those of like length are computed together."""
@@ -122,10 +122,8 @@ class SessionModel(nn.Module):
         return {head.name: _of_head(head, f"{head.name}_" if several else "", out).to(ids.device) for head in self.cfg.tasks}
 
 
-def _of_stretch(ids: Tensor, segments: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
+def _of_stretch(ids: Tensor, segments: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Return ids and mask [B, t] of text `number` of each row, at their rows' starts; of a row without it, one token."""
-    if segments is None:
-        return ids, torch.ones_like(ids)
     inside = segments == number
     sizes = inside.sum(-1)
     mask = torch.arange(max(1, int(sizes.max())), device=ids.device) < sizes.clamp(min=1)[:, None]

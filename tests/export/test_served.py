@@ -59,15 +59,17 @@ def test_rows_of_unequal_length_are_judged_alike(home: Path, head: str, given: l
         assert ours == pytest.approx(theirs, abs=1e-5) if head == "stars" else ours["predicted"] == theirs["predicted"]
 
 
-def test_two_texts_of_a_row_have_vectors_of_their_own(home: Path) -> None:
-    """Texts side by side in a row do not see each other, in rows where one or both of them stand."""
-    cfg: Any = weights.read_config(home / "many")
-    alone = Encoder.model_validate(cfg.model_dump() | {"tasks": ({"kind": "embed", "name": "meaning"},)})
-    model = build(alone, "cpu").init(3)
-    weights.save(home / "vectors", model, tokenizer=home / "tokenizer")
-    assert cli.main(["export", str(home / "vectors"), "--to", "onnx", "--out", str(home / "vectors-graph")]) == 0
+@pytest.mark.parametrize("alone", [True, False])
+def test_two_texts_of_a_row_have_vectors_of_their_own(home: Path, alone: bool) -> None:
+    """Texts side by side in a row do not see each other, in rows where one or both of them stand; also beside other heads."""
+    if alone:
+        cfg: Any = weights.read_config(home / "many")
+        made = Encoder.model_validate(cfg.model_dump() | {"tasks": ({"kind": "embed", "name": "meaning"},)})
+        model = build(made, "cpu").init(3)
+        weights.save(home / "vectors", model, tokenizer=home / "tokenizer")
+        assert cli.main(["export", str(home / "vectors"), "--to", "onnx", "--out", str(home / "vectors-graph")]) == 0
     found = []
-    for name in ("vectors", "vectors-graph"):
+    for name in ("vectors", "vectors-graph") if alone else ("many", "graph"):
         subject = open_subject(home / name, graph=True)
         task = rows.Task(subject, "meaning", Embed(name="meaning"), 64, "error", "fp32", 8, CPU)
         contents = [Similar(TEXTS[:2]), Similar((TEXTS[2],)), Similar((TEXTS[4], TEXTS[3]))]
