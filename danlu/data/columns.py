@@ -41,7 +41,7 @@ ROLES: dict[str, tuple[str, ...]] = {               # role: names under which da
     "prompt": ("prompt",),
     "completion": ("completion",),
     "instruction": ("instruction", "指令"),
-    "input": ("input", "输入"),
+    "input": ("input", "context", "输入"),
     "output": ("output", "response", "输出"),
     "query": ("query", "question", "problem", "user", "input", "prompt", "问题"),
     "response": ("response", "answer", "output", "assistant", "solution", "target", "reply", "答案", "回答"),

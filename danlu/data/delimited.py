@@ -173,8 +173,11 @@ def headed(sample: Sequence[Sequence[str]]) -> bool:
 
     It does not if it holds a number, an empty field, one text twice or a long text, nor if a value of it stands in the
     same column again (a class, say).  It does if a name in it is one that data sets use; else if all look like names.
+    A column of numbers in front may have no name.
     """
     first, rest = [field.strip() for field in sample[0]], sample[1:]
+    if not first[0] and len(first) > 1 and rest and all(row[0].isdigit() for row in rest):
+        return headed([row[1:] for row in sample])       # pandas writes its index below no name
     if len(set(first)) < len(first) or any(not field or len(field) > 64 or _number(field) for field in first):
         return False
     if any(row[place].strip() == field for row in rest for place, field in enumerate(first) if place < len(row)):

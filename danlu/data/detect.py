@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from danlu.data import dialogues, forms
 from danlu.data.columns import PAIRS, ROLES, Columns, check, naming, short
-from danlu.data.example import Content
+from danlu.data.example import Content, Unusable
+from danlu.data.forms import flag
 from danlu.errors import DataError, SecurityError
 from danlu.words import _
 
@@ -32,6 +36,8 @@ NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {   # the roles of each form, as
     "text": (("text",), ("ids",)),
 }
 
+KNOWN = {name.lower() for names in ROLES.values() for name in names} | {name for pair in PAIRS for name in pair}
+NUMBERED = re.compile(r"[a-z]+_?[0-9a-f]{1,3}")          # negative_1, option_a …
 SPELT = {"labels": "label", "answer": "answers", "text_a": "text", "text_b": "pair", "sentence1": "text", "sentence2": "pair"}
 SAID: dict[str, dict[str, str]] = {                 # roles as users may call them, by what is wanted
     "score": {"label": "score"}, "tags": {"label": "tags", "text": "tokens"}, "answer": {"text": "context", "label": "answers"},
@@ -41,8 +47,8 @@ SAID: dict[str, dict[str, str]] = {                 # roles as users may call th
 
 
 def reader(columns: Sequence[str], first: Sequence[Mapping[str, Any]], want: str, names: Mapping[str, str], *,
-           unlabelled: bool = False) -> Reader:
-    """Return the function that makes contents of rows; it raises `Unusable` for a row that cannot be learned from.
+           unlabelled: bool = False) -> Understood:
+    """Return what makes contents of rows; it raises `Unusable` for a row that cannot be learned from.
 
     columns: of the file; first: its first rows, the more (some hundred) the surer; want: a key of READERS; names: column
     of each role that the user names; unlabelled: rows to be predicted, which need no label and no answer.  Raises
@@ -50,22 +56,95 @@ def reader(columns: Sequence[str], first: Sequence[Mapping[str, Any]], want: str
     """
     plain = {SPELT.get(role, role): column for role, column in names.items()}
     roles = {SAID.get(want, {}).get(role, role): column for role, column in plain.items()}
-    given = Columns(tuple(columns), tuple(first), roles, unlabelled)
-    check(given)
-    found = READERS[want](given)
-    if found is None:
-        raise _unfit(given, want)
-    if want == "label" and not unlabelled:
-        _check_swapped(given)
-    return found
+    return Understood(Columns(tuple(columns), tuple(first), roles, unlabelled), want)
+
+
+class Understood:
+    """Makes contents of rows.  A column that no row had before is taken in when it comes, and what is not read is known."""
+
+    def __init__(self, columns: Columns, want: str) -> None:
+        self.want, self.columns = want, columns
+        self.known = {*columns.names, *(name for row in columns.first for name in row)}
+        self.used = set[str]()
+        check(columns)
+        self._read = self._made(columns.first)
+
+    def __call__(self, row: Mapping[str, Any]) -> Content:
+        if not row.keys() <= self.known:
+            self._meet(row)
+        return self._read(row)
+
+    @property
+    def unread(self) -> list[str]:
+        """Return the columns that nothing is taken from."""
+        return [name for name in self.columns.names if name not in self.used]
+
+    def _meet(self, row: Mapping[str, Any]) -> None:
+        """Take in a row with columns that no row had before.  Raises DataError if they make of the rows what cannot be."""
+        new = [name for name in row if name not in self.known]
+        self.known |= set(new)
+        if self.want == "labels" and self.columns.find("label") is None and any(flag(row[name]) for name in new):
+            self.known -= set(new)                       # the next such row is at fault as well
+            raise Unusable("label", f"no row before has the column {', '.join(new)}, which may be a class")
+        if not any(name.lower() in KNOWN or NUMBERED.fullmatch(name.lower()) for name in new):
+            return
+        self.columns = replace(self.columns, names=(*self.columns.names, *new), first=(*self.columns.first, row))
+        self._read = self._made([row])
+
+    def _made(self, rows: Sequence[Mapping[str, Any]]) -> Reader:
+        """Return the reader of rows with these columns; `rows` are looked at to see what it takes."""
+        columns = self.columns
+        if self.want == "chat":
+            _check_answers(columns)
+        found = READERS[self.want](columns)
+        if found is None:
+            raise _unfit(columns, self.want)
+        if self.want == "label" and not columns.unlabelled:
+            _check_swapped(columns)
+        for row in rows:
+            with suppress(Unusable):
+                found(_Watched(row, self.used))
+        return found
+
+
+class _Watched(dict[str, Any]):
+    """A row that remembers which of its columns were asked for."""
+
+    def __init__(self, row: Mapping[str, Any], used: set[str]) -> None:
+        super().__init__(row)
+        self.used = used
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.used.add(name)
+        return super().get(name, default)
+
+
+def _check_answers(columns: Columns) -> None:
+    """Raise DataError for rows whose answers are not all to be learned, or answer what a chat does not show."""
+    lower = {name.lower(): name for name in columns.names}
+    if {"completion", "response", "output", "messages"} & columns.given.keys():
+        return                                           # the user has said what is learned from
+    if {"chosen", "rejected"} <= lower.keys():
+        raise DataError(_("these rows hold preferences (chosen and rejected answers), from which nothing is learned yet"),
+                        fix=naming({"query": "prompt", "response": "chosen"}))
+    answers = [columns.find(role) for role in ("messages", "completion", "output", "response")]
+    said = columns.values(lower["label"]) if "label" in lower and lower["label"] not in columns.given.values() else []
+    if any(answers) and said and all(str(one).lower() in ("true", "false") for one in said):
+        raise DataError(_("column {name!r} says which answers are good and which are bad, from which nothing is learned yet")
+                        .format(name=lower["label"]), fix=_("keep the rows whose answers are good, without that column"))
+    letters = [lower[name] for name in "abcd" if name in lower]
+    several = letters if len(letters) > 2 else [lower[name] for name in ROLES["choices"] if name in lower]
+    if several and any(answers[1:]) and answers[0] is None:
+        raise DataError(_("the columns {names} hold choices, which a chat would not show").format(names=", ".join(several)),
+                        fix=_("set objective: choose, or write the choices into the question"))
 
 
 def _unfit(columns: Columns, want: str) -> DataError:
     """Return the error for columns of which nothing can be made, with the form that is nearest."""
-    lower = {name.lower() for name in columns.names}
-    if want == "chat" and {"chosen", "rejected"} <= lower:
-        return DataError(_("these rows hold preferences (chosen and rejected answers), from which nothing is learned yet"),
-                         fix=naming({"query": "prompt", "response": "chosen"}))
     others = [other for other, form in READERS.items() if other != want and form(columns) is not None]
     form = max(NEEDS[want], key=lambda roles: (sum(_has(columns, role) for role in roles) / len(roles), -len(roles)))
     used = {found for role in form if (found := columns.find(role))}
@@ -124,6 +203,7 @@ class Registered(NamedTuple):
     take: int | None = None
 
 
+UNLEARNED = ("chosen", "rejected", "kto_tag", "images", "videos", "audios")        # columns of LLaMA-Factory
 LF = {                                              # their names of columns: our roles
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
                "tools": "tools"},
@@ -153,5 +233,10 @@ def registered(folder: Path, name: str) -> Registered | None:
     columns = {**({"messages": "conversations"} if known is LF["sharegpt"] else {}), **(entry.get("columns") or {})}
     names = {known[key]: column for key, column in columns.items() if key in known}
     names |= entry.get("tags") or {}
+    if odd := sorted(key for key in columns if key in UNLEARNED):
+        raise DataError(_("{name!r} has what nothing is learned from: {keys}").format(name=name, keys=", ".join(odd)),
+                        where=str(file), fix=_("name a data set of texts with one answer a row"))
+    if known is LF["alpaca"] and columns.keys() == {"prompt"} and columns["prompt"] in ROLES["text"]:
+        names = {"text": columns["prompt"]}              # how a corpus for pretraining is written there
     path = f"hf://{entry['hf_hub_url']}" if "hf_hub_url" in entry else str(folder / entry.get("file_name", name))
     return Registered(path, names, entry.get("subset"), entry.get("split"), entry.get("num_samples"))

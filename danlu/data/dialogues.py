@@ -223,11 +223,16 @@ def alpaca(columns: Columns) -> Reader | None:
 
 
 def query(columns: Columns) -> Reader | None:
-    """{"query", "response"} or a synonym of each, with "system" and "history" where the row has them."""
-    asked, said = columns.find("query"), columns.find("response")
+    """{"query", "response"} or a synonym of each, with "context", "system" and "history" where the row has them."""
+    asked, said, about = columns.find("query"), columns.find("response"), columns.find("context")
     if asked is None or (said is None and not columns.unlabelled) or asked == said:
         return None
-    return lambda row: _exchange(columns, row, text(row, asked), said)
+
+    def read(row: Row) -> Content:
+        before = written(row, about) if about else ""
+        return _exchange(columns, row, (f"{before}\n" if before else "") + text(row, asked), said)
+
+    return read
 
 
 def _exchange(columns: Columns, row: Row, asked: str, said: str | None) -> Chat:

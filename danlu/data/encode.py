@@ -193,7 +193,7 @@ def _(content: Chat, by: Encoder) -> list[Made]:
 @_encode.register
 def _(content: Segments, by: Encoder) -> list[Made]:
     tokenizer = by.tokenizer
-    found = tokenizer.encode_batch([text for text, _weight in content.pieces])
+    found = tokenizer.encode_pieces([text for text, _weight in content.pieces])
     ids = np.concatenate(found)
     weights = np.repeat(np.array([w for _text, w in content.pieces], np.float32), [len(one) for one in found])
     framed = tokenizer.frame(ids) if content.ends else ids

@@ -39,6 +39,7 @@ class Seen:
     labels: list[tuple[str, ...]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, Any]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)      # columns that nothing is taken from
     read: int = 0
 
     def reject(self, file: str, line: int, reason: str, detail: str) -> None:
@@ -70,9 +71,14 @@ def contents(item: Input, want: str, names: Mapping[str, str], seen: Seen, *,
     for row in _chained(first, rows):
         seen.read += 1
         try:
-            yield row, understand(row.columns)
+            content = understand(row.columns)
         except Unusable as error:
             seen.reject(row.file, row.line, error.reason, error.detail)
+            continue
+        except DataError as error:                       # a column that no row had before makes them something else
+            raise DataError(error.what, where=error.where or f"{row.file}:{row.line}", fix=error.fix) from None
+        yield row, content
+    seen.unread = understand.unread
 
 
 def _chained(first: list[records.Record], rest: Iterator[records.Record]) -> Iterator[records.Record]:
@@ -228,7 +234,8 @@ def make(folder: Path, item: Input, want: str, names: Mapping[str, str], by: Enc
                 account.add(split, made)
             account.end(split, content, f"{row.file}:{row.line}")
         entries = store.close()
-        told = account.record() | {"read": seen.read, "rejected": dict(seen.reasons), "examples": seen.rejects[:SHOWN]}
+        told = account.record() | {"read": seen.read, "rejected": dict(seen.reasons), "examples": seen.rejects[:SHOWN],
+                                   "unread": seen.unread}
         files.rewrite_lines(temporary / "rejects.jsonl", seen.rejects)
         files.write_json(temporary / "audit.json", told)
         by.tokenizer.save(temporary / "tokenizer")

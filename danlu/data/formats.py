@@ -156,9 +156,11 @@ def _taken(item: Input, own: Sequence[int], again: Callable[[], Iterator[Block]]
             yield block
             continue
         rows = _rows(block)
-        chosen = (row for n, row in enumerate(rows, seen) if (n < take if wanted is None else n in wanted))
-        yield replace(block, lines=b"", rows=tuple(chosen))
+        chosen = tuple(row for n, row in enumerate(rows, seen) if (n < take if wanted is None else n in wanted))
         seen += len(rows)
+        until = chosen[-1].line if chosen and seen >= take else 1 << 62         # what is wrong with rows behind does not matter
+        rejects = tuple(one for one in block.rejects if wanted is None and one.line < until)
+        yield replace(block, lines=b"", rows=chosen, rejects=rejects)
         if wanted is None and seen >= take:
             break
     yield from (Block(number, 0, number=1 << 40, last=True) for number in own if number not in ended)
@@ -166,4 +168,4 @@ def _taken(item: Input, own: Sequence[int], again: Callable[[], Iterator[Block]]
 
 def _rows(block: Block) -> list[Row]:
     """Return the rows of a block, leaving blank lines out."""
-    return [*block.rows, *(Row(line, part) for line, _offset, part in split_lines(block) if part.strip())]
+    return [*block.rows, *(Row(line, part.removesuffix(b"\r")) for line, _offset, part in split_lines(block) if part.strip())]

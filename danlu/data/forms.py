@@ -5,8 +5,10 @@ Each function gets the columns and returns the reader of a row, or None where th
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from danlu.data.parse import label_name
 Row = Mapping[str, Any]
 Reader = Callable[[Row], Content]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOSTLY = 0.9                                             # of the values of a column of 0 and 1: others in it are at fault
 ENDINGS = ("ending", "option", "choice", "sol", "opa")
 
 
@@ -98,12 +101,12 @@ def labels(columns: Columns) -> Reader | None:
         return None
     if target is not None:
         return lambda row: Labelled(tuple(text(row, part) for part in parts), _several(row.get(target)))
-    flags = [name for name in columns.names if name not in parts and columns.values(name)
-             and all(str(one).lower() in ("0", "1", "0.0", "1.0", "true", "false") for one in columns.values(name))]
+    flags = [name for name in columns.names if name not in parts and (said := columns.values(name))
+             and sum(map(flag, said)) > len(said) * MOSTLY]
     if len(flags) < 2:
         return (lambda row: Labelled(tuple(text(row, part) for part in parts), None)) if columns.unlabelled else None
     return lambda row: Labelled(tuple(text(row, part) for part in parts),
-                                tuple(flag for flag in flags if _flag(row, flag)))
+                                tuple(name for name in flags if _flag(row, name)))
 
 
 def _several(found: Any) -> tuple[str, ...]:
@@ -115,11 +118,16 @@ def _several(found: Any) -> tuple[str, ...]:
                                                        else [found])))
 
 
+def flag(found: Any) -> bool:
+    """Return whether a value says yes or no."""
+    return str(found).lower() in ("0", "1", "0.0", "1.0", "true", "false")
+
+
 def _flag(row: Row, name: str) -> bool:
-    found = str(value(row, name)).lower()
-    if found not in ("0", "1", "0.0", "1.0", "true", "false"):
+    found = value(row, name)
+    if not flag(found):
         raise Unusable("label", f"column {name!r} holds {found!r}, neither 0 nor 1")
-    return found in ("1", "1.0", "true")
+    return str(found).lower() in ("1", "1.0", "true")
 
 
 def tags(columns: Columns) -> Reader | None:
@@ -160,7 +168,8 @@ def answer(columns: Columns) -> Reader | None:
             return Asked(text(row, question), said, (), name)
         its = value(row, answers)
         if start is not None and isinstance(its, str):
-            its = {"text": [its], "answer_start": [value(row, start)]}
+            none = not its and row.get(start) in (None, "", "-1", -1)             # a table's way to say: there is no answer
+            its = {"text": [], "answer_start": []} if none else {"text": [its], "answer_start": [value(row, start)]}
         return Asked(text(row, question), said, _answers(its, said), name)
 
     return read
@@ -168,6 +177,9 @@ def answer(columns: Columns) -> Reader | None:
 
 def _answers(found: Any, context: str) -> tuple[tuple[str, int], ...]:
     """Return the (text, first character) of the answers; Unusable if one does not stand where it is said to."""
+    if isinstance(found, str) and found.lstrip()[:1] == "{":
+        with suppress(ValueError, RecursionError):
+            found = json.loads(found)                    # as a cell of a table holds it
     if isinstance(found, str):
         place = context.find(found)
         if not found or place < 0 or context.find(found, place + 1) >= 0:
@@ -182,12 +194,23 @@ def _answers(found: Any, context: str) -> tuple[tuple[str, int], ...]:
             raise Unusable("answer_start", f"{len(said or ())} answers, but {len(starts or ())} places")
     else:
         pairs = [(one.get("text"), one.get("answer_start")) for one in listed(found, "answer") if isinstance(one, Mapping)]
+    placed = list[tuple[str, int]]()
     for said, start in pairs:
         if not isinstance(said, str) or not said:
             raise Unusable("answer", f"{said!r} is not an answer")
-        if isinstance(start, bool) or not isinstance(start, int) or start < 0 or not context.startswith(said, start):
+        if (at := whole(start)) is None or at < 0 or not context.startswith(said, at):
             raise Unusable("answer_start", f"the answer {said[:40]!r} does not stand at character {start} of the context")
-    return tuple(pairs)
+        placed.append((said, at))
+    return tuple(placed)
+
+
+def whole(found: Any) -> int | None:
+    """Return a whole number, also one that is written as a text or as 57.0; None for anything else."""
+    try:
+        value = number(found, "number")
+    except Unusable:
+        return None
+    return int(value) if value.is_integer() else None
 
 
 def choice(columns: Columns) -> Reader | None:

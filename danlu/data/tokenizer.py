@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer as Raw
 
 from danlu import files
-from danlu.data import pieces, vocabulary
+from danlu.data import pieces, rules, vocabulary
 from danlu.data.kinds import BPE, ROLES, Chars, Kind, Loaded, Unigram, WordPiece, adds_eos, roles
 from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.words import _
@@ -69,8 +69,8 @@ class Tokenizer:
         ids = self.raw.get_vocab(with_added_tokens=True).values()
         self.size = max(ids, default=-1) + 1
         self._table = _character_table(content)
-        self._data = _for_data(content, self._special_ids())
-        self._leaks = np.array(sorted(_leaks(self._data, self.raw, self._special_ids() - self._unknown())), np.int64)
+        self._data = rules.for_data(content, self._special_ids())
+        self._leaks = np.array(sorted(rules.leaks(self._data, self.raw, self._special_ids() - self._unknown())), np.int64)
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
@@ -83,10 +83,18 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text; the library spreads a batch over the processor's cores."""
+        return self._encoded(self._data, texts)
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of texts that stand right after one another: no blank is put between them."""
+        first = next((place for place, text in enumerate(texts) if text), 0) + 1
+        return self._encoded(self._data, texts[:first]) + self._encoded(self._later, texts[first:])
+
+    def _encoded(self, by: Raw, texts: Sequence[str]) -> list[np.ndarray]:
         if self._table is not None:
             return [self._by_character(text) for text in texts]
         try:
-            found = self._data.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = by.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:                       # the library raises no narrower class
             raise DataError(_("a text cannot be tokenised: {why}").format(why=error), where=_culprit(texts)) from error
         result = [np.array(one.ids, np.int64) for one in found]
@@ -173,11 +181,12 @@ class Tokenizer:
     @cached_property
     def _inner(self) -> Raw:
         """The rules for data that does not begin a text: a blank that only the first word gets is left out."""
-        own: str = self._data.to_str()
-        other = own.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
-        raw = self._data if other == own else Raw.from_str(other)
-        raw.encode_special_tokens = True
-        return raw
+        return rules.inside(self._data)
+
+    @cached_property
+    def _later(self) -> Raw:
+        """The rules for data that goes on a text: what puts a blank before its first word is left out."""
+        return rules.going_on(self._data)
 
     @cached_property
     def pieces(self) -> list[bytes]:
@@ -355,37 +364,6 @@ def _character_table(content: Mapping[str, Any]) -> np.ndarray | None:
         if len(token) == 1:
             table[ord(token)] = index
     return table
-
-
-def _for_data(content: Mapping[str, Any], special: set[int]) -> Raw:
-    """Return the same rules, but with special tokens not matched in text.
-
-    Where plain text can still become one (a Unigram or word vocabulary that lists `<mask>`), its entry keeps its id but
-    is spelt with line breaks and spaces, as no pre-token is.
-    """
-    raw = Raw.from_str(json.dumps({**content, "post_processor": None}))
-    raw.encode_special_tokens = True
-    if not _leaks(raw, raw, special) or content["model"]["type"] == "BPE":
-        return raw
-    model = dict(content["model"])
-    if model["type"] == "Unigram":
-        model["vocab"] = [[f"\n \n{t}" if i in special else t, s] for i, (t, s) in enumerate(model["vocab"])]
-    else:
-        unknown = model["unk_token"]
-        model["vocab"] = {f"\n \n{t}" if i in special and t != unknown else t: i for t, i in model["vocab"].items()}
-    plain = [t for t in content["added_tokens"] if t["id"] not in special]
-    spelt = Raw.from_str(json.dumps({**content, "model": model, "post_processor": None, "added_tokens": plain}))
-    return spelt if all(spelt.token_to_id(t["content"]) == t["id"] for t in plain) else raw
-
-
-def _leaks(data: Raw, raw: Raw, special: set[int]) -> set[int]:
-    """Return the special ids that plain text still produces."""
-    found = set()
-    for i in special:
-        token = raw.id_to_token(i)
-        for text in (token, f"a{token}", f"a {token} b"):
-            found |= special & set(data.encode(text, add_special_tokens=False).ids)
-    return found
 
 
 def _culprit(texts: Sequence[str]) -> str | None:

@@ -41,7 +41,7 @@ def both(subject: Subject, data: str | None, *, count: int, how: rows.How) -> Bo
     """Return up to `count` rows of `data`, or of what the run holds out or was trained on, in two parts; else random ids."""
     device = torch.device("cpu")
     task = rows.task_of(subject, replace(how, overlong=how.overlong or "cut"), device) if subject.cfg.tasks else None
-    places = [(data, how.split)] if data is not None else _known(subject, how)
+    places = [(data, how.part)] if data is not None else _known(subject, how)
     for place, split in places:
         all_rows = _of_task(task, place, split, how) if task is not None else _of_text(subject, place, split, how)
         found = list(islice(all_rows, count))
@@ -78,7 +78,8 @@ def _of_task(task: rows.Task, place: str, split: str, how: rows.How) -> Iterator
         lines, _counts = prepared(Path(place), split, task.subject.tokenizer, task.objective, length=task.length,
                                   overlong=task.overlong)
     else:
-        lines = read(source(place, task.like, format=how.format, encoding=how.encoding), task.reading(how, unlabelled=True))
+        item = source(place, task.like, format=how.format, encoding=how.encoding, split=how.split)
+        lines = read(item, task.reading(how, unlabelled=True))
     for line in lines:
         for row in line.rows:
             batch = rows.collated(task.objective, [unlabelled(row, task.objective)], task.subject.tokenizer.special, task.length)
@@ -91,12 +92,12 @@ def _of_text(subject: Subject, place: str, split: str, how: rows.How) -> Iterato
     if on_text.is_prepared(place):
         found = on_text.read_prepared(Path(place), split, subject.tokenizer)
     else:
-        item = source(place, next(iter(subject.sources()), None), format=how.format, encoding=how.encoding)
+        item = source(place, next(iter(subject.sources()), None), format=how.format, encoding=how.encoding, split=how.split)
         if subject.cfg.causal and written.answers(item, how.names):
             found = written.documents(subject, item, how.names)
         else:
             found = on_text.read_text(place, subject.tokenizer, sample_by="line", text=how.names.get("text", "text"),
-                                      encoding=how.encoding or "utf-8")
+                                      encoding=how.encoding or "utf-8", hub_split=item.hub_split)
     for document in found:
         if len(document.ids) > 1:
             yield {"ids": torch.from_numpy(document.ids[:length].copy())[None]}

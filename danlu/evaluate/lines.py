@@ -23,7 +23,7 @@ from danlu.data.inputs import HUB, Input, kind, split_take
 from danlu.data.shards import Shards
 from danlu.data.stream import Overlong
 from danlu.data.tokenizer import Tokenizer
-from danlu.errors import DataError, IncompatibleError
+from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.objectives.protocol import Objective
 from danlu.train.feed import stream
 from danlu.train.sources import Source
@@ -66,8 +66,15 @@ class Reading:
     unlabelled: bool = False
 
 
-def source(path: str, first: Source | None, *, format: str | None = None, encoding: str | None = None) -> Input:
-    """Return what to read at `path`: as the recipe reads `first`, where the user does not say otherwise."""
+def source(path: str, first: Source | None, *, format: str | None = None, encoding: str | None = None,
+           split: str | None = None) -> Input:
+    """Return what to read at `path`: as the recipe reads `first`, where the user does not say otherwise.
+
+    split: of a hub data set; ConfigError for files, which have none.
+    """
+    if split is not None and not path.startswith(HUB):
+        raise ConfigError(_("files of rows have no parts, as prepared folders and hub data sets do"), where="--split",
+                          fix=_("name the file of the rows that are meant"))
     like = first if first is not None and first.raw else None
     chosen = format or "auto"
     if format is None and path == "-":
@@ -79,6 +86,7 @@ def source(path: str, first: Source | None, *, format: str | None = None, encodi
         told |= {"encoding": like.encoding, "header": like.header}
         told |= {"delimiter": like.delimiter} if kind(path)[0] == kind(like.path)[0] else {}
     told |= {"encoding": encoding} if encoding is not None else {}
+    told |= {"hub_split": split} if split is not None else {}
     return split_take(Input.model_validate(told))
 
 

@@ -49,7 +49,7 @@ Write = Callable[[dict[str, Any]], None]
 class How:
     """How rows are read and computed; what is None is as the recipe says."""
 
-    split: str = "val"                                   # of a prepared folder
+    split: str | None = None                             # of a prepared folder, or of a hub data set
     names: Mapping[str, str] = field(default_factory=dict)           # columns by role
     encoding: str | None = None
     format: str | None = None
@@ -58,6 +58,11 @@ class How:
     precision: str = "fp32"
     rows: int | None = None                              # most rows of a batch
     head: str | None = None                              # which of several tasks
+
+    @property
+    def part(self) -> str:
+        """The split of a prepared folder."""
+        return self.split or "val"
 
 
 @dataclass(frozen=True)
@@ -264,8 +269,8 @@ def judged_on(task: Task, data: str, how: How, write: Write) -> Finding:
     """Return how well the task is done on a prepared folder, or on files of rows."""
     run = task.subject.run
     if (Path(data) / "manifest.json").is_file():
-        return _on_folder(task, named(data), Path(data), how.split, write)
-    item = source(data, task.like, format=how.format, encoding=how.encoding)
+        return _on_folder(task, named(data), Path(data), how.part, write)
+    item = source(data, task.like, format=how.format, encoding=how.encoding, split=how.split)
     return evaluate(task, read(item, task.reading(how)), name=named(data), place=data, write=write,
                     share=run.guard.rejects if run is not None else 0.0)
 

@@ -26,14 +26,14 @@ from danlu.nn import paths
 from danlu.words import _
 
 
-def on_text(subject: Subject, data: str | None, *, split: str, sample_by: str, text: str, encoding: str | None,
+def on_text(subject: Subject, data: str | None, *, split: str | None, sample_by: str, text: str, encoding: str | None,
             length: int | None, precision: str, device: torch.device) -> list[tuple[Result, str]]:
     """Return what the subject scores on text files or a prepared folder, or what its recipe holds out, and each place."""
-    places = [(data, split)] if data is not None else subject.held_out()
+    places = [(data, split or "val")] if data is not None else subject.held_out()
     results = []
     for place, part in places:
         documents = read_prepared(Path(place), part, subject.tokenizer) if is_prepared(place) else read_text(
-            place, subject.tokenizer, sample_by=sample_by, text=text, encoding=encoding or "utf-8")
+            place, subject.tokenizer, sample_by=sample_by, text=text, encoding=encoding or "utf-8", hub_split=split or "train")
         results.append((evaluate(subject, documents, task=Path(place).stem or place, length=length, precision=precision,
                                  device=device), place))
     return results
@@ -58,9 +58,11 @@ def read_prepared(folder: Path, split: str, tokenizer: Tokenizer) -> Iterator[Do
         yield Document(one.ids.astype(np.int64), int(one.columns["bytes"]), one.weights, shards.where(number))
 
 
-def read_text(place: str, tokenizer: Tokenizer, *, sample_by: str, text: str, encoding: str = "utf-8") -> Iterator[Document]:
+def read_text(place: str, tokenizer: Tokenizer, *, sample_by: str, text: str, encoding: str = "utf-8",
+              hub_split: str = "train") -> Iterator[Document]:
     """Yield the documents of text files, tokenised as they are read.  Raises DataError for an unusable row."""
-    item = Input.model_validate({"path": place, "sample_by": sample_by, "text": text, "encoding": encoding})
+    item = Input.model_validate({"path": place, "sample_by": sample_by, "text": text, "encoding": encoding,
+                                  "hub_split": hub_split})
     source = sources.read(item)
     while records := list(islice(source, 256)):
         for record, ids in zip(records, tokenizer.encode_batch([r.text for r in records]), strict=True):

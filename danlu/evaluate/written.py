@@ -110,7 +110,7 @@ def prompt(content: Content, subject: Subject, template: chat.Template) -> Promp
         return Prompt(ids.tolist(), before[-1].content, last.content)
     if isinstance(content, Segments) and len(content.pieces) > 1:
         asked = "".join(said for said, _weight in content.pieces[:-1])
-        stretches = tokenizer.encode_batch([said for said, _weight in content.pieces[:-1]])
+        stretches = tokenizer.encode_pieces([said for said, _weight in content.pieces[:-1]])
         bos = [tokenizer.special.bos] if tokenizer.add_bos and content.ends and tokenizer.special.bos is not None else []
         return Prompt([*bos, *(int(i) for one in stretches for i in one)], asked, content.pieces[-1][0].strip())
     raise Unusable("no_answer", "the row does not say what is asked and what is answered")

@@ -36,10 +36,10 @@ DEFAULTS: dict[str, Any] = {
 LORA: dict[str, Any] = {"lora_dropout": 0.0}
 TYPES = ("alpaca", "chat_template", "sharegpt", "completion", "input_output", "alpaca_w_system", "pretrain")
 DETAILS: dict[str, tuple[Any, ...]] = {                  # of a data set: what is understood, or is as here
-    "split": ("train",), "ds_type": ("json", "jsonl", "csv", "parquet", "text"), "shards": (), "name": (), "revision": (),
+    "split": ("train",), "ds_type": ("json", "jsonl", "csv", "parquet", "text"), "shards": (), "revision": (),
     "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
     "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"], ["assistant", "gpt"]),
-    "train_on_eos": ("turn", "all", "last"),
+    "train_on_eos": ("turn",),
     "roles": ({"user": ["human", "user"], "assistant": ["gpt", "assistant"], "system": ["system"], "tool": ["tool"]},
               {"assistant": ["gpt", "assistant"], "user": ["human", "user"]}, {"assistant": ["gpt"], "user": ["human"]},
               {"user": ["user"], "assistant": ["assistant"]}),
@@ -90,10 +90,16 @@ def datasets(key: str) -> Rule:
         found: list[dict[str, Any]] = []
         for each in [{"path": value}] if isinstance(value, str) else value:
             names = listed(each["data_files"]) if each.get("data_files") else [place(str(each.get("path")), given)]
-            found += [{"path": path} | columns(each) for path in names]
+            found += [{"path": path} | part(each, path) | columns(each) for path in names]
         note = _("sources have equal shares; set data.N.weight to the rows of each for theirs") if len(found) > 1 else ""
         return Said("translated", {key: found}, note)
     return rule
+
+
+def part(entry: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return which part of a hub data set is meant, as a source says it."""
+    given = {"subset": entry.get("name"), "hub_split": entry.get("split")}
+    return {key: value for key, value in given.items() if value} if path.startswith("hf://") else {}
 
 
 def columns(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +117,13 @@ def detail(name: str, value: Any, entry: Mapping[str, Any]) -> Said:
         return Said("default", note=_("data_files names the files")) if entry.get("data_files") else Said("translated")
     if name == "data_files":
         return Said("translated")
+    if name in ("split", "name") and isinstance(value, str) and (name, value) != ("split", "train") and (
+            "[" not in value and not entry.get("data_files")):
+        return Said("translated", note=_("beside the path of the data set"))
+    if name == "train_on_eos" and value in ("all", "last"):
+        return Said("unsupported", note=_("the end of every answer is learned, and of nothing else"))
+    if name == "type" and isinstance(value, str) and value.split(".")[0].startswith("alpaca"):
+        return Said("unsupported", note=_("prompts are written by the model's chat template, not as Alpaca's"))
     if name in FIELDS and columns({name: value}):
         return Said("translated", note=_("under `columns` of the source"))
     if name in FIELDS or value is None or (name in DETAILS and any(value == each for each in DETAILS[name])):

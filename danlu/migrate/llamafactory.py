@@ -119,11 +119,10 @@ def find(name: str, given: Given) -> tuple[dict[str, Any] | None, str]:
         return None, error.what
     if entry is None:
         return None, _("it is not in {file}").format(file=here / "dataset_info.json")
-    if entry.subset or entry.split not in (None, "train"):
-        return None, _("a part of a hub data set is not chosen here; give its files")
     path = entry.path if entry.path.startswith("hf://") else str(folder / Path(entry.path).relative_to(here))
     columns = {role: column for role, column in entry.names.items() if column not in ROLES.get(role, ())}
-    return {"path": taken(path, given, entry.take)} | ({"columns": columns} if columns else {}), ""
+    part = {key: value for key, value in (("subset", entry.subset), ("hub_split", entry.split)) if value}
+    return {"path": taken(path, given, entry.take)} | part | ({"columns": columns} if columns else {}), ""
 
 
 def taken(path: str, given: Given, most: int | None = None) -> str:

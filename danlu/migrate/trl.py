@@ -28,12 +28,19 @@ def dataset(name: str, value: Any, given: Given) -> Said:
         return Said("default", note=_("not set"))
     column = given.get("dataset_text_field", "text")
     one: dict[str, Any] = {"path": place(str(value), given)} | ({"columns": {"text": column}} if column != "text" else {})
-    if given.get("dataset_config"):
-        return Said("unsupported", {"data": [one]}, _("a configuration of the data set is not chosen here; give its files"),
-                    essential=True)
-    if given.get("eval_strategy", "no") != "no":
-        return Said("translated", {"data": [one], "eval": [one | {"split": "test"}]})
-    return Said("translated", {"data": [one], "held_out": 0.0})
+    hub = one["path"].startswith("hf://")
+    one |= {"subset": given.get("dataset_config")} if hub and given.get("dataset_config") else {}
+    learned = one | ({"hub_split": given.get("dataset_train_split")} if hub and given.get("dataset_train_split") else {})
+    if given.get("eval_strategy", "no") == "no":
+        return Said("translated", {"data": [learned], "held_out": 0.0})
+    if not hub:
+        return Said("unsupported", {"data": [learned]}, _("name the file of the rows to measure on under `eval`"), essential=True)
+    return Said("translated", {"data": [learned], "eval": [one | {"hub_split": given.get("dataset_test_split") or "test"}]})
+
+
+def part(name: str, value: Any, given: Given) -> Said:
+    """Say where a part of the hub data set goes: it stands beside its path."""
+    return Said("translated" if value else "default", note=_("beside the path of the data set") if value else "")
 
 
 def datasets(name: str, value: Any, given: Given) -> Said:
@@ -50,13 +57,6 @@ def datasets(name: str, value: Any, given: Given) -> Said:
         found += [{"path": path} for path in paths]
     note = _("sources have equal shares; set data.N.weight to the rows of each for theirs") if len(found) > 1 else ""
     return Said("translated", {"data": found, "held_out": given.get("test_split_size", 0.0)}, note)
-
-
-def split(name: str, value: Any, given: Given) -> Said:
-    """Say what the part of a data set is: train to learn from, test to measure on."""
-    usual = "train" if name == "dataset_train_split" else "test"
-    return Said("default") if value in (None, usual) else Said(
-        "unsupported", note=_("only the parts train and test are known; set `split` of the source"), essential=True)
 
 
 def length(name: str, value: Any, given: Given) -> Said:
@@ -145,7 +145,7 @@ def table() -> Table:
     """Return a rule for each key."""
     return {
         **trainer.table(), **own(), **model(), "dataset_name": dataset, "datasets": datasets,
-        "dataset_config": needless(_("see dataset_name")), "dataset_train_split": split, "dataset_test_split": split,
+        "dataset_config": part, "dataset_train_split": part, "dataset_test_split": part,
         **dict.fromkeys(("dataset_streaming", "streaming"), needless(_("files are read in pieces, whatever their size"))),
         "test_split_size": lambda name, value, given: Said("translated" if value else "default", {}, _("held_out")),
         "ignore_bias_buffers": needless(_("processes are started and watched by `layout` and `guard`")),

@@ -5,8 +5,9 @@ B rows, T tokens, K classes.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from danlu.config import Model
 from danlu.data.tokenizer import Special
+from danlu.errors import ConfigError
 from danlu.nn.tasks import Head
 from danlu.objectives.frame import rectangle, to_batch
 from danlu.objectives.protocol import Batch, Out, Rng, Row
+from danlu.words import _
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Classify(Model):
@@ -41,7 +46,7 @@ class Classify(Model):
         0.0, ge=0, lt=1, allow_inf_nan=False, description="Share of the target spread evenly over the classes.")
     focal: float = Field(0.0, ge=0, allow_inf_nan=False, description="Focal loss: how much less sure rows count (Lin et al., "
                          "2017: 2); 0: cross-entropy.")
-    class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
+    class_weights: Literal["none", "balanced"] | dict[str, Weight] = Field(
         "none", description="Weight of each class in the loss; balanced: inverse to how often it stands in the training data.")
 
     @property
@@ -147,7 +152,16 @@ class Regress(Model):
 
 
 def balanced(weights: str | dict[str, float], labels: Sequence[str], counts: Sequence[int]) -> str | dict[str, float]:
-    """Return the weights of classes; `balanced` as scikit-learn has it: inverse to their counts."""
+    """Return the weights of classes; `balanced` as scikit-learn has it: inverse to their counts.
+
+    Raises ConfigError for the weight of a class that the data does not have.
+    """
+    if isinstance(weights, dict) and labels and (odd := [name for name in weights if name not in labels]):
+        near = difflib.get_close_matches(odd[0].lower(), [name.lower() for name in labels], 1)
+        meant = next((name for name in labels if near and name.lower() == near[0]), None)
+        raise ConfigError(_("there is no class {name!r}; there are {names}").format(name=odd[0], names=", ".join(labels[:8])),
+                          where="objective.class_weights",
+                          fix=_("did you mean {near}?").format(near=meant) if meant else None)
     if weights != "balanced":
         return weights
     return {name: sum(counts) / (len(labels) * max(1, n)) for name, n in zip(labels, counts, strict=True)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from danlu.config import Model
 from danlu.data.tokenizer import Special
 from danlu.nn.tasks import Head
-from danlu.objectives.classify import balanced, full
+from danlu.objectives.classify import Weight, balanced, full
 from danlu.objectives.frame import origin, rectangle, spread, to_batch
 from danlu.objectives.protocol import UNLEARNED, Batch, Out, Rng, Row
 
@@ -42,7 +42,7 @@ class Tag(Model):
         "first", description="Tokens of a word that learn its tag; of B-X, the others learn I-X where there is such a tag.")
     smoothing: float = Field(
         0.0, ge=0, lt=1, allow_inf_nan=False, description="Share of the target spread evenly over the tags.")
-    class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
+    class_weights: Literal["none", "balanced"] | dict[str, Weight] = Field(
         "none", description="Weight of each tag in the loss; balanced: inverse to how often it stands in the training data.")
 
     @property

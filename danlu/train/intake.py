@@ -150,6 +150,8 @@ def _tell(name: str, told: dict[str, Any]) -> None:
         if counts["cut"]:
             say(_("{name}: {split} {n} rows were cut, {tokens} tokens lost").format(
                 name=name, split=split, n=counts["cut"], tokens=counts["lost"]))
+    if told["unread"]:
+        say(_("{name}: columns that nothing is taken from: {columns}").format(name=name, columns=", ".join(told["unread"])))
     for reason, number in sorted(told["rejected"].items()):
         say(_("{name}: {n} rows left out: {reason}").format(name=name, n=number, reason=reason))
 
@@ -185,15 +187,19 @@ def _tokenizer(run: Run) -> tuple[Tokenizer, Path]:
 def _named(source: Source, want: str) -> tuple[Input, dict[str, str]]:
     """Return what to read of a source, and its columns by role: the recipe's, else those of a dataset_info.json."""
     names = {role: str(column) for role, column in source.columns.items()}
-    path = source.path
-    if os.path.sep in path or not Path(path).exists():
-        registered = detect.registered(Path(path).parent, Path(path).name)
+    item = split_take(Input(path=source.path, format=source.format, encoding=source.encoding, header=source.header,
+                            delimiter=source.delimiter, subset=source.subset, hub_split=source.hub_split))
+    if source.prepared is None and source.split != "train":
+        raise ConfigError(_("rows that are not prepared have no split {split!r}").format(split=source.split), where=source.path,
+                          fix=_("name the file of the rows that are meant; of a hub data set, set hub_split"))
+    if os.path.sep in item.path or not Path(item.path).exists():
+        registered = detect.registered(Path(item.path).parent, Path(item.path).name)
         if registered is not None:
-            path, told = registered.path, registered.names
-            names = {**told, **names}
-    return split_take(Input(path=path, format=source.format, encoding=source.encoding, header=source.header,
-                            delimiter=source.delimiter)), names
-
+            names = {**registered.names, **names}
+            item = item.model_copy(update={"path": registered.path, "take": item.take or registered.take,
+                                           "subset": item.subset or registered.subset,
+                                           "hub_split": registered.split or item.hub_split})
+    return item, names
 
 def _with_labels(run: Run, objective: Objective, by: Encoder, found: Surveys) -> Encoder:
     """Return the encoder with the classes: those of the recipe, else of the model that goes on learning, else of all rows."""

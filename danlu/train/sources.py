@@ -17,6 +17,8 @@ class Source(Model):
     path: str = Field(min_length=1, description="Folder that `danlu prepare` wrote; or a file, folder, pattern or hf://name of "
                       "rows, whose format is detected; `#500` takes 500 of them.")
     split: Literal["train", "val", "test"] = Field("train", description="Which part of a prepared folder.")
+    subset: str | None = Field(None, description="Configuration of a hub data set.")
+    hub_split: str = Field("train", min_length=1, description="Which part of a hub data set, as it is called there.")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the rows, relative to other sources.")
     columns: dict[str, str | int] = Field({}, description="Columns by role, where detection needs help: text, pair, label, "
                                           "score, tokens, tags, context, question, answers, prompt, completion, messages …")

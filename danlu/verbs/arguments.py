@@ -79,7 +79,7 @@ def quickstart(parser: argparse.ArgumentParser) -> None:
 def eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help=_("run folder, checkpoint or Hugging Face folder"))
     parser.add_argument("--data", help=_("files of rows or of text, or a prepared folder; default: what the run holds out"))
-    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    split(parser)
     parser.add_argument("--sample-by", "--sample_by", default="line", choices=["line", "paragraph", "document"],
                         help=_("what one document is in a txt file"))
     parser.add_argument("--text", default="text", help=_("column of the text in jsonl, csv and parquet files"))
@@ -93,6 +93,11 @@ def eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help=_("tokens of an answer (default: 256)"))
     parser.add_argument("--out", type=Path, help=_("write the result as JSON"))
     parser.add_argument("--samples", type=Path, help=_("write each row or document with what was found, as JSON lines"))
+
+
+def split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", metavar="NAME",
+                        help=_("part of a prepared folder (default: val), or of a hub data set (default: train)"))
 
 
 def rows(parser: argparse.ArgumentParser) -> None:
@@ -312,7 +317,7 @@ def compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", help=_("encoding of the file, for example gb18030 (default: the recipe's)"))
     parser.add_argument("--format", choices=["txt", "jsonl", "json", "csv", "tsv", "conll", "parquet"],
                         help=_("format of the file (default: by its name)"))
-    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help=_("part of a prepared folder"))
+    split(parser)
     parser.add_argument("--overlong", choices=["error", "cut", "drop", "split"],
                         help=_("what becomes of rows that are too long (default: as the recipe says)"))
     parser.add_argument("--length", type=int, help=_("tokens in a row (default: the run's)"))

@@ -23,7 +23,7 @@ from danlu.words import _
 
 
 def main(run: Path, *, target: list[str], data: str, calibrate: str | None, rows: int, only: list[str], out: Path | None,
-         columns: list[str], encoding: str | None, format: str | None, split: str, overlong: Overlong | None,
+         columns: list[str], encoding: str | None, format: str | None, split: str | None, overlong: Overlong | None,
          length: int | None, head: str | None, as_json: bool) -> int:
     """Print the table, and write to `out` the cheapest that meets the target and keeps the quality; exit 2 if none meets it."""
     parallel.start(threads=None, device="cpu")

@@ -21,7 +21,7 @@ from danlu.evaluate.subject import Subject, open_subject
 from danlu.words import _
 
 
-def main(run: Path, *, data: str | None, split: str, sample_by: str, text: str, label: str | None, columns: list[str],
+def main(run: Path, *, data: str | None, split: str | None, sample_by: str, text: str, label: str | None, columns: list[str],
          encoding: str | None, format: str | None, overlong: Overlong | None, length: int | None, precision: str,
          batch: int | None, head: str | None, task: Literal["text", "chat", "generate"] | None, answer_after: str | None,
          max_new_tokens: int | None, out: Path | None, samples: Path | None, as_json: bool) -> int:
@@ -74,7 +74,7 @@ def _of_answers(subject: Subject, data: str | None, how: rows.How, writing: writ
     if data is None:
         raise ConfigError(_("answers are written to prompts; name the file that holds them"), where=str(subject.folder),
                           fix="danlu eval RUN --task generate --data test.jsonl")
-    item = source(data, next(iter(subject.sources()), None), format=how.format, encoding=how.encoding)
+    item = source(data, next(iter(subject.sources()), None), format=how.format, encoding=how.encoding, split=how.split)
     with predictions(samples, home) as write:
         return written.evaluate(subject, item, how.names, writing, name=named(data), precision=how.precision, device=device,
                                 write=write)
@@ -84,7 +84,7 @@ def _of_text(subject: Subject, data: str | None, how: rows.How, device: torch.de
              samples: Path | None, *, sample_by: str, text: str, task: str | None, as_json: bool) -> int:
     """Print loss and perplexity: of text, or of the answers in conversations."""
     raw, like = data is not None and not on_text.is_prepared(data), next(iter(subject.sources()), None)
-    item = source(data, like, format=how.format, encoding=how.encoding) if raw and data is not None else None
+    item = source(data, like, format=how.format, encoding=how.encoding, split=how.split) if raw and data is not None else None
     chats = item is not None and subject.cfg.causal and (
         task == "chat" or (task is None and written.answers(item, how.names)))
     if chats and item is not None and data is not None:

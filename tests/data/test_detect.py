@@ -338,3 +338,78 @@ def test_preferences_are_refused_and_one_answer_of_them_can_be_named() -> None:
         reader(list(row), [row], "chat", {})
     assert "query=prompt response=chosen" in str(caught.value)
     assert reader(list(row), [row], "chat", {"query": "prompt", "response": "chosen"})(row) == Chat(TALK)
+
+
+LATER: list[tuple[list[dict[str, Any]], dict[str, Any], Content]] = [
+    ([{"instruction": "q", "output": "r"}] * 70, {"instruction": "q", "input": "x", "output": "r"}, Chat((U("q\nx"), A("r")))),
+    ([{"query": "q", "response": "r"}], {"query": "q", "response": "r", "history": [["a", "b"]]},
+     Chat((U("a"), A("b"), U("q"), A("r")))),
+    ([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}],
+     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "system": "s"},
+     Chat((Turn("system", "s"), U("q"), A("r")))),
+]
+
+
+@pytest.mark.parametrize(("first", "later", "said"), LATER)
+def test_a_column_that_comes_later_is_read(first: list[dict[str, Any]], later: dict[str, Any], said: Content) -> None:
+    make = reader(list(first[0]), first, "chat", {})
+    assert make(first[0]) != said and make(later) == said
+    assert make(first[0]) == reader(list(first[0]), first, "chat", {})(first[0])      # rows without it are as before
+
+
+def test_columns_that_nothing_is_taken_from_are_known() -> None:
+    row = {"id": 7, "instruction": "q", "input": "", "output": "r", "source": "web"}
+    make = reader(list(row), [row], "chat", {})
+    assert make.unread == ["id", "source"]
+    make({**row, "note": "later", "history": []})
+    assert make.unread == ["id", "source", "note"]
+    assert reader(["text", "label"], [{"text": "a", "label": "x"}], "label", {}).unread == []
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "q", "completion": "bad", "label": False}, {"query": "q", "response": "bad", "label": "False"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "label": True},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": "r", "rejected": "s"}])
+def test_answers_of_which_some_are_bad_are_not_learned(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"preferences|good"):
+        reader(list(row), [row], "chat", {})
+
+
+def test_what_is_asked_about_is_part_of_the_question() -> None:
+    assert one({"instruction": "q", "context": "c", "response": "r"}, "chat") == Chat((U("q\nc"), A("r")))
+    assert one({"question": "q", "context": "c", "answer": "r"}, "chat") == Chat((U("c\nq"), A("r")))
+    for row in ({"question": "q", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"},
+                {"question": "q", "choices": ["1", "2"], "answer": "1"}):
+        with pytest.raises(DataError, match="choices") as caught:
+            one(row, "chat")
+        assert "objective: choose" in str(caught.value)
+
+
+def test_an_odd_value_among_classes_is_at_fault_and_not_the_class() -> None:
+    rows = [{"text": "a", "toxic": "1", "threat": "0"}] * 30 + [{"text": "a", "toxic": "0", "threat": "-1"}]
+    make = reader(list(rows[0]), rows, "labels", {})
+    assert make(rows[0]) == Labelled(("a",), ("toxic",))
+    with pytest.raises(Unusable, match="threat"):
+        make(rows[-1])
+    with pytest.raises(Unusable, match="rude"):
+        make({**rows[0], "rude": 1})
+
+
+@pytest.mark.parametrize(("answer", "start", "said"), [
+    ("copper", "4", (("copper", 4),)), ("copper", 4.0, (("copper", 4),)), ("", "", ()), ("", "-1", ()),
+    ('{"text": ["copper"], "answer_start": [4]}', None, (("copper", 4),)), ('{"text": [], "answer_start": []}', None, ())])
+def test_answers_as_a_table_writes_them(answer: str, start: Any, said: tuple[tuple[str, int], ...]) -> None:
+    row = {"context": "the copper", "question": "what?", "answer": answer} | ({} if start is None else {"answer_start": start})
+    assert one(row, "answer") == Asked("what?", "the copper", said, "")
+
+
+def test_a_registry_that_names_preferences_or_pictures_is_refused(tmp_path: Path) -> None:
+    table = {"kto": {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "label"}},
+             "seen": {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "messages", "images": "images"}},
+             "corpus": {"file_name": "c.jsonl", "columns": {"prompt": "text"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(table))
+    for name, key in (("kto", "kto_tag"), ("seen", "images")):
+        with pytest.raises(DataError, match=key):
+            registered(tmp_path, name)
+    corpus = registered(tmp_path, "corpus")
+    assert corpus is not None and corpus.names == {"text": "text"}

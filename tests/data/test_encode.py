@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from danlu.data import align
 from danlu.data.encode import Encoder, Made, encode
-from danlu.data.example import Asked, Chosen, Similar, Tagged, Unusable
+from danlu.data.example import Asked, Chosen, Segments, Similar, Tagged, Unusable
 from danlu.data.tokenizer import BPE, Chars, Tokenizer, WordPiece, train
 
 TEXTS = [*["the furnace learns from text and keeps what it reads", "丹炉炼模型数据"] * 20,
@@ -165,3 +166,28 @@ def test_alike_texts_stand_one_after_the_other() -> None:
     assert row.columns["parts"].sum() == len(row.ids) and "label" not in row.columns
     (row,) = encode(Similar(("the furnace", "it learns"), 3.5), by("wordpiece", 40))
     assert row.columns["label"] == np.float32(3.5)
+
+
+PREFIXED: dict[str, dict[str, Any]] = {
+    "metaspace, first": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}},
+    "metaspace, always": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+    "prepend": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}},
+}
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_pieces_stand_right_after_one_another(name: str) -> None:
+    letters = "▁abcdefghijklmnopqrstuvwxyz答铜：\n"
+    words = ["▁un", "happy", "▁happy", "▁the"]
+    vocab = [["<unk>", 0.0], *[[one, -8.0] for one in letters], *[[one, -2.0] for one in words]]
+    given = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": None,
+             "post_processor": None, "decoder": None,
+             "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": False}} | PREFIXED[name]
+    one = Tokenizer(json.dumps(given), named={}, add_bos=False, add_eos=False, settings={})
+    for texts in (["un", "happy"], ["答：", "铜"], ["the ", "happy"], ["", "un", "happy"], ["a\n", "\nb"]):
+        ids = np.concatenate(one.encode_pieces(texts))
+        spelt = "".join(str(one.raw.id_to_token(i)) for i in ids).removeprefix("▁").replace("▁", " ")
+        assert spelt == "".join(texts)
+    made = encode(Segments((("un", 0.0), ("happy", 1.0))), Encoder(one, 16, overlong="error"))
+    assert [one.raw.id_to_token(i) for i in made[0].ids] == ["▁un", "happy"]

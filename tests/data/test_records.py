@@ -80,10 +80,22 @@ def test_nested_columns_of_parquet(tmp_path: Path) -> None:
     (["A plane.", "A jet.", "5.0"], [["A man.", "A dog.", "1.0"]], False),
     (["good film", "positive"], [["bad", "positive"]], False),
     (["Review Text", "Stars"], [["fine", "5"]], True),
+    (["", "text", "label"], [["0", "a film", "pos"], ["1", "a play", "neg"]], True), (["", "good"], [["a film", "bad"]], False),
     (["文本", "标签"], [["好", "1"]], True), (["my text", ""], [["a", "b"]], False),
     (["this is a rather long sentence that nobody would call a column", "pos"], [["b", "neg"]], False)])
 def test_a_header_is_told_from_a_row(first: list[str], rest: list[list[str]], top: bool) -> None:
     assert headed([first, *rest]) is top
+
+
+def test_rows_that_are_not_taken_cannot_be_at_fault(tmp_path: Path) -> None:
+    path = put(tmp_path, "a.csv", "text,label\r\n" + "".join(f"row {n},x\r\n" for n in range(5)) + "ragged\r\n" + "more,y\r\n")
+    found, rejects = rows(Input(path=f"{path}#4"))
+    assert [one.columns["text"] for one in found] == [f"row {n}" for n in range(4)] and not rejects
+    found, rejects = rows(Input(path=f"{path}#6"))
+    assert len(found) == 6 and [reject.line for reject in rejects] == [7]
+    assert not rows(Input(path=str(path), take=6, take_seed=1))[1]
+    plain = put(tmp_path, "a.txt", "one\r\ntwo\r\n")
+    assert [one.columns for one in rows(Input(path=f"{plain}#2"))[0]] == [{"text": "one"}, {"text": "two"}]
 
 
 def test_a_headless_tsv_keeps_its_first_row(tmp_path: Path) -> None:

@@ -210,14 +210,14 @@ def test_axolotl(tmp_path: Path) -> None:
         "layout": {"micro": 2}, "length": 2048, "pack": True, "overlong": "drop", "group_by_length": False,
         "every": {"log": 1},
     }
-    assert by(found.entries, "unsupported") == {"evals_per_epoch": False, "saves_per_epoch": False}
+    assert by(found.entries, "unsupported") == {"datasets.0.type": False, "evals_per_epoch": False, "saves_per_epoch": False}
 
 
 def test_trl(tmp_path: Path) -> None:
     found = made("trl", TRL, tmp_path)
     assert found.recipe == {
         "out": "Qwen2-0.5B-SFT", "start": "Qwen/Qwen2-0.5B", "data": [{"path": "hf://trl-lib/Capybara"}],
-        "eval": [{"path": "hf://trl-lib/Capybara", "split": "test"}], "objective": {"kind": "causal_lm"},
+        "eval": [{"path": "hf://trl-lib/Capybara", "hub_split": "test"}], "objective": {"kind": "causal_lm"},
         "adapt": {"kind": "lora", "rank": 32, "alpha": 16, "dropout": 0.05, "target": "all"},
         "optim": {"kind": "adamw", "lr": 2e-4, "weight_decay": 0.0, "betas": [0.9, 0.999]}, "schedule": {"kind": "linear"},
         "clip": 1.0, "epochs": 1, "micro_rows": 2, "layout": {"micro": 8}, "length": 1024, "pack": True, "overlong": "cut",

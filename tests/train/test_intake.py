@@ -13,6 +13,8 @@ from evaluate import small
 from danlu import cli, config, files
 from danlu.data.shards import Shards
 from danlu.errors import ConfigError, DataError
+from danlu.parallel import World
+from danlu.train import intake, setup
 from danlu.train.intake import taken_in
 from danlu.train.recipe import Run
 
@@ -102,3 +104,39 @@ def test_the_recipe_of_a_run_repeats_it(start: Path, tmp_path: Path) -> None:
     losses = [[json.loads(line)["train/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
                if "train/loss" in line] for out in (run.out, tmp_path / "again")]
     assert losses[0] == losses[1] and losses[0]
+
+
+def test_columns_that_nothing_is_taken_from_are_told(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = recipe(start, tmp_path, [], overlong="cut")
+    small.table(tmp_path / "rows.csv", ["text", "label", "source"], [(*row, "web") for row in small.texts(20, 1)])
+    folder = taken_in(run).data[0].folder
+    assert files.read_json(folder / "audit.json")["unread"] == ["source"]
+    told = capsys.readouterr()
+    assert "columns that nothing is taken from: source" in told.out + told.err
+
+
+def test_a_registry_says_how_much_of_what(start: Path, tmp_path: Path) -> None:
+    small.table(tmp_path / "rows.csv", ["body", "label"], small.texts(40, 1))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({
+        "reviews": {"file_name": "rows.csv", "num_samples": 24, "tags": {"text": "body"}},
+        "hub": {"hf_hub_url": "some/where", "subset": "zh", "split": "train_sft"}}))
+    given: dict[str, Any] = {
+        "out": str(tmp_path / "run"), "start": str(start), "objective": {"kind": "classify"}, "rows": 4, "steps": 3,
+        "optim": {"kind": "adamw", "lr": 1e-3}, "schedule": {"kind": "constant"}, "length": 32, "overlong": "cut"}
+    for name, rows in (("reviews", 24), ("reviews#20", 20)):
+        run = taken_in(config.validate(Run, {**given, "data": [{"path": str(tmp_path / name)}]}))
+        assert files.read_json(run.data[0].folder / "audit.json")["read"] == rows
+    hub = config.validate(Run, {**given, "data": [{"path": str(tmp_path / "hub")}]}).data[0]
+    item, _names = intake._named(hub, "label")
+    assert (item.path, item.subset, item.hub_split) == ("hf://some/where", "zh", "train_sft")
+    with pytest.raises(ConfigError, match="no split 'test'"):
+        taken_in(config.validate(Run, {**given, "data": [{"path": str(tmp_path / "rows.csv"), "split": "test"}]}))
+
+
+@pytest.mark.parametrize(("weights", "said"), [({"Good": 5.0}, "did you mean good"), ({"good": -1.0}, "must be ≥ 0")])
+def test_weights_are_those_of_classes(start: Path, tmp_path: Path, weights: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run = taken_in(recipe(start, tmp_path, small.texts(20, 1), overlong="cut",
+                              objective={"kind": "classify", "class_weights": weights}))
+        setup.settle(run, setup.open_data(run), World(), None)
+    assert said in str(caught.value)
