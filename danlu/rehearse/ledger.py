@@ -91,6 +91,7 @@ class Ledger(TorchDispatchMode):
         self.paused = False
         self.traffic = Traffic()
         self.log: list[Event] | None = None
+        self.gloo = False                                # whether messages go by gloo, which copies some of them
 
     def phase(self, name: str) -> None:
         """Write down that a phase begins."""
@@ -110,9 +111,12 @@ class Ledger(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if self.log is not None and func is torch.ops.aten._local_scalar_dense.default:
             return (args[0].dtype.is_floating_point and 1.0) or True
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if collective := func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args)
         out = func(*args, **(kwargs or {}))
+        if collective and self.gloo and self.log is not None and _kind(func) in ("all-gather", "reduce-scatter"):
+            whole = max(_bytes(one) for one in (*args, out))             # it holds all of it once more while it sends
+            self.log += [Event(-1, whole), Event(-1)]
         mine = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and getattr(leaf, "fake_mode", None) is self.fake]
         if mine:
             products = _flops(func.overloadpacket, args, kwargs or {}, out)
@@ -159,10 +163,9 @@ class Ledger(TorchDispatchMode):
         return made
 
     def _collective(self, func: Any, args: Any) -> None:
-        name = str(func.overloadpacket.__name__).strip("_")
-        if name.startswith(QUIET):
+        kind = _kind(func)
+        if kind.startswith(QUIET):
             return
-        kind = next((told for prefix, told in KINDS.items() if name.startswith(prefix)), name)
         group = next((_group(arg) for arg in args if _group(arg) in self.axes), "")
         size = max((_bytes(arg) for arg in args), default=0)
         if func.namespace == "_c10d_functional" and kind == "all-gather":
@@ -182,6 +185,12 @@ class Pause:
 
     def __exit__(self, *error: object) -> None:
         self.ledger.paused = False
+
+
+def _kind(func: Any) -> str:
+    """Return which collective an operation is."""
+    name = str(func.overloadpacket.__name__).strip("_")
+    return next((told for prefix, told in KINDS.items() if name.startswith(prefix)), name)
 
 
 def _flops(name: Any, args: Any, kwargs: Any, out: Any) -> int:

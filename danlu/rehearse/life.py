@@ -59,7 +59,7 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
                 module.dropout = 0.0
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         ledger = Ledger(fake, {}, {})
-        ledger.log = []
+        ledger.log, ledger.gloo = [], run.device == "cpu"
         with stand_ins(run), fake, following(ledger):
             one = _Process(run, model, ledger)
             given: dict[str, Tensor] = {name: fake.from_tensor(column) for name, column in batch.items()}
@@ -151,9 +151,26 @@ class _Process:
             leaf.param.register_post_accumulate_grad_hook(moved)
 
     def puts_together(self) -> None:
-        """Map what all processes have written, as the first one does that makes one file of it; alone there is nothing to do."""
-        if self.run.layout.world > 1:
-            self.ledger.maps(_bytes(self.stored()))
+        """Write a part of the files, as each of several processes does, and map all, as the first does that makes one of them.
+
+        DCP writes by safetensors: the bytes of each tensor, and then all of them in one piece.
+        """
+        world = self.run.layout.world
+        if world == 1:
+            return
+        shares = [1 << 10]
+        for tensors, whole in ((list(self.stored().values()), True), (self.slots(), not self.model.sharded)):
+            sizes = [value.numel() * value.element_size() for value in tensors]
+            most = 0 if self.model.sharded else max(sizes, default=0)        # of copies, one process writes a tensor whole
+            shares.append(max(most, sum(sizes) // world) if whole else sum(sizes))
+        torch.empty(2 * max(shares), dtype=torch.uint8)
+        self.ledger.maps(_bytes(self.stored()))
+        if self.model.sharded or self.run.layout.tp > 1:
+            torch.empty(max(_bytes({name: value}) for name, value in self.stored().items()), dtype=torch.uint8)
+
+    def slots(self) -> list[Tensor]:
+        """Return what the optimizer holds beside the weights."""
+        return [value for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the model that a checkpoint holds."""
@@ -184,8 +201,7 @@ class _Process:
             leaf.local.grad = torch.zeros_like(leaf.local)
         self.engine.update(self.optimizer, 0.0, allow=lambda norm: True)
         self.ledger.phase("resume")
-        slots = [value for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
-        self.ledger.maps(max(stored, sum(value.numel() * value.element_size() for value in slots)))
+        self.ledger.maps(max(stored, sum(value.numel() * value.element_size() for value in self.slots())))
         self.ledger.phase("other")
 
     def evaluate(self, batch: dict[str, Tensor] | None) -> None:
