@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -28,6 +29,9 @@ class Model(BaseModel):
 
 
 M = TypeVar("M", bound=Model)
+BRANCH = re.compile(r"(literal|dict|tuple|list)\[|constrained-|function-")      # what pydantic calls the branches of a union
+SCALARS = ("str", "int", "float", "bool")                # … and the last of them
+OUTER = ("literal_error", "too_short")                   # said of a whole of which a part is at fault
 
 
 def load(cls: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
@@ -62,8 +66,10 @@ def validate(cls: type[M], data: dict[str, Any], places: Mapping[tuple[str | int
     except ValidationError as error:
         known = {_walk(cls, e["loc"])[1] for e in errors}
         errors += [dict(e) for e in error.errors(include_url=False) if _walk(cls, e["loc"])[1] not in known]
-    problems = [_problem(cls, e, places or {}) for e in errors]
-    raise ConfigError("\n".join(problems))
+    keys = [_walk(cls, e["loc"])[1] for e in errors]
+    inner = [e for e, key in zip(errors, keys, strict=True) if e["type"] not in OUTER or not any(
+        len(other) > len(key) and other[: len(key)] == key for other in keys)]
+    raise ConfigError("\n".join(dict.fromkeys(_problem(cls, e, places or {}) for e in inner)))
 
 
 def dump(value: Model) -> dict[str, Any]:
@@ -236,7 +242,10 @@ def _walk(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel], 
     """Return the class that owns the last part of `loc`, and the key without the union tags pydantic adds."""
     key: list[str | int] = []
     owner, choices = cls, [cls]
-    for part in loc:
+    for place, part in enumerate(loc):
+        branch = isinstance(part, str) and (BRANCH.match(part) or (part in SCALARS and 0 < place == len(loc) - 1))
+        if branch and part not in owner.model_fields:
+            continue
         tagged = next((c for c in choices if _kind(c) == part and part not in owner.model_fields), None)
         if isinstance(part, str) and tagged is not None and tagged is not owner and choices != [owner]:
             owner, choices = tagged, [tagged]

@@ -139,3 +139,15 @@ def test_an_optimizer_and_its_rate_may_both_have_other_names(tmp_path: Path) -> 
     run = config.load(Run, file)
     assert (run.optim.kind, run.optim.lr, run.optim.weight_decay) == ("adamw", 2e-3, 0.2)
     assert (run.schedule.kind, run.schedule.warmup, run.step_rows) == ("cosine", 0.1, 6)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ("recompute=foo", ["recompute: \"foo\" is not one of 'none' or 'full'", "recompute: must be a whole number, not \"foo\""]),
+    ("objective.class_weights.bad=-1", ["objective.class_weights.bad: must be ≥ 0.0, not -1"]),
+    ("data.0.columns=3", ["data.0.columns: must hold keys and values, not 3"]),
+    ("data.0.columns.text=[1]", ["data.0.columns.text: must be text", "data.0.columns.text: must be a whole number"])])
+def test_a_key_is_named_as_the_user_wrote_it_and_the_part_at_fault_alone(change: str, said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(Run, Path(__file__).parents[1] / "recipes" / "sentiment.yaml", ["start=x", change])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(said) and all(each in line for each, line in zip(said, lines, strict=True))
