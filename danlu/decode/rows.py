@@ -76,6 +76,8 @@ class Row:
     def hear(self, token: int, logits: Tensor, ends: frozenset[int]) -> None:
         """Take the next token, chosen from logits [V]; tell what is certain, and end where it ends."""
         if token in ends:
+            if self.scores_prompt:                      # who adds up the prompt's own tokens counts on one more after them
+                self._logprobs += told(logits[None], [token], self.how.logprobs or 0)
             return self.give(self.speech.end(), "stop")
         self.new.append(token)
         self._ids.append(token)

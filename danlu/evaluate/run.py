@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,12 +31,20 @@ def on_text(subject: Subject, data: str | None, *, split: str | None, sample_by:
     """Return what the subject scores on text files or a prepared folder, or what its recipe holds out, and each place."""
     places = [(data, split or "val")] if data is not None else subject.held_out()
     results = []
-    for place, part in places:
+    names = told_apart([(Path(place).name if is_prepared(place) else Path(place).stem) or place for place, _part in places],
+                       [part for _place, part in places])
+    for (place, part), name in zip(places, names, strict=True):
         documents = read_prepared(Path(place), part, subject.tokenizer) if is_prepared(place) else read_text(
             place, subject.tokenizer, sample_by=sample_by, text=text, encoding=encoding or "utf-8", hub_split=split or "train")
-        results.append((evaluate(subject, documents, task=Path(place).stem or place, length=length, precision=precision,
+        results.append((evaluate(subject, documents, task=name, length=length, precision=precision,
                                  device=device), place))
     return results
+
+
+def told_apart(names: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Return the names, those that come more than once with their part, and with a number where that is the same, too."""
+    first = [f"{name}-{part}" if names.count(name) > 1 else name for name, part in zip(names, parts, strict=True)]
+    return [f"{name}-{first[:place].count(name) + 1}" if first[:place].count(name) else name for place, name in enumerate(first)]
 
 
 def is_prepared(place: str) -> bool:

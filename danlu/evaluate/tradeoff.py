@@ -30,6 +30,7 @@ from danlu.models.decoder import DecoderModel
 from danlu.nn.cache import Cache
 from danlu.words import _
 
+ONE_SIDED = ("precision", "recall")                      # figures that are whole where almost nothing is found, or everything
 BATCH, TIMES, SECONDS = 32, 30, 2.0                      # rows at a time; how often one is timed, or for how long
 Step = Quantize | Prune | Factorize
 
@@ -150,11 +151,11 @@ def measure(way: Way, folder: Path, *, size: int, row: dict[str, Tensor], data: 
 
 
 def judged(subject: Subject, data: str, how: rows.How) -> tuple[str, Estimate]:
-    """Return the first figure of the subject's task on `data`, or its perplexity."""
+    """Return the first figure of the subject's task on `data` that errors of every kind lower, or its perplexity."""
     device = torch.device("cpu")
     if subject.cfg.tasks:
         figures = rows.judged_on(rows.task_of(subject, how, device), data, how, lambda line: None).judged.figures
-        return next(iter(figures.items()))
+        return next((name, figure) for name, figure in figures.items() if not name.startswith(ONE_SIDED))
     found, _place = on_text.on_text(subject, data, split=how.split, sample_by="line", text=how.names.get("text", "text"),
                                     encoding=how.encoding, length=how.length, precision=how.precision, device=device)[0]
     figures = found.tally.estimates()

@@ -5,7 +5,8 @@ T tokens of a row, K classes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from danlu.evaluate.written import template_of
 from danlu.export.beside import Beside
 from danlu.export.parity import Artefact, Says
 from danlu.generate import writes
+from danlu.models import weights
 from danlu.words import _
 
 PLAIN = ("logits", "nsp", "sop", "hidden")     # what is asked of a model without a task, the first that is there
@@ -42,6 +44,15 @@ class Danlu:
         self.writes = writes(self.model)
         self.text = Beside(adapters.tokenizer_in(subject.folder), writes=self.writes,
                            template=template_of(subject) if self.writes else None)
+
+    def heads(self) -> tuple[str, ...]:
+        """Return the names of the heads, if there are several."""
+        tasks = self.subject.cfg.tasks
+        return tuple(task.name for task in tasks) if len(tasks) > 1 else ()
+
+    def ask(self, head: str) -> None:
+        """Let `logits` say what this head says."""
+        self.head = self.subject.head(head)
 
     @property
     def limit(self) -> int:
@@ -113,9 +124,13 @@ def dtype_of(folder: Path) -> str:
 
 
 def bits_of(folder: Path) -> int:
-    """Return the bits of a quantised folder's weights; 8 where it does not say."""
+    """Return the least bits of a quantised folder's weights; 8 where it does not say."""
     file = folder / "config.json"
-    told = (files.read_json(file) if file.is_file() else {}).get("quantization_config") or {}
+    config = files.read_json(file) if file.is_file() else {}
+    if (ours := weights.forms_in(config)) is not None:
+        each = [group["form"].get("rounded") or group["form"] for group in ours]
+        return 4 if any(form.get("kind") in ("int4", "nf4") or form.get("bits", 8) <= 4 for form in each) else 8
+    told = config.get("quantization_config") or {}
     found = [told[key] for key in ("bits", "w_bit", "num_bits") if isinstance(told.get(key), int)]
     return found[0] if found else 4 if told.get("load_in_4bit") else 8
 
@@ -182,11 +197,11 @@ def read_rows(path: Path, first: Artefact, *, rows: int | None = None, tokens: i
     ids, texts, dialogues = list[list[int]](), list[str](), list[list[dict[str, str]]]()
     if not path.is_file():
         raise ConfigError(_("there is no such file"), where=str(path))
-    for number, line in enumerate(files.read_lines(path)):
+    for number, line in enumerate(_lines(path)):
         if rows is not None and len(ids) >= rows:
             break
         if isinstance(line.get("ids"), list):
-            ids.append([int(i) for i in line["ids"]])
+            ids.append(_whole(line["ids"], first, f"{path}:{number + 1}"))
         elif isinstance(line.get("messages"), list):
             dialogues.append([{"role": str(m["role"]), "content": str(m["content"])} for m in line["messages"]])
             ids += _prompted(first, dialogues[-1], tokens)
@@ -196,7 +211,33 @@ def read_rows(path: Path, first: Artefact, *, rows: int | None = None, tokens: i
                 found[:tokens] for found in [first.encode(line["text"])] if found]
         else:
             raise DataError(_("a row must have ids, text or messages"), where=f"{path}:{number + 1}")
+    if not ids:
+        raise DataError(_("there is no row to compare on"), where=str(path))
     return ids, texts, dialogues
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that somebody wrote, the last line without its end included.  Raises DataError."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise DataError(_("this is not JSON: {why}").format(why=error), where=f"{path}:{number}") from None
+        if not isinstance(found, dict):
+            raise DataError(_("a row must have ids, text or messages"), where=f"{path}:{number}")
+        yield found
+
+
+def _whole(ids: list[Any], first: Artefact, where: str) -> list[int]:
+    """Return ids that the first artefact can read.  Raises DataError."""
+    top = first.subject.tokenizer.special.size if isinstance(first, Danlu) else None
+    if not ids or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 or (top is not None and i >= top) for i in ids):
+        raise DataError(_("the ids are not those of a row: whole numbers below {n}").format(n=top), where=where)
+    if isinstance(first, Danlu) and len(ids) > first.limit:
+        raise DataError(_("{n} ids, and the model reads {limit}").format(n=len(ids), limit=first.limit), where=where)
+    return ids
 
 
 def _prompted(first: Artefact, said: Sequence[Mapping[str, str]], tokens: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from danlu.data import chat
 from danlu.data.example import Turn, Unusable
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import DataError
+from danlu.export.graph import heads_of
 from danlu.generate import endings
 
 
@@ -76,6 +77,16 @@ class Spoken:
     """What an artefact in another runtime says of text: it has the files that stand beside it, and nothing of its own."""
 
     text: Beside
+    outputs: list[str]
+    head: str = ""                                       # of several, which is asked
+
+    def heads(self) -> tuple[str, ...]:
+        """Return the names of the heads, if there are several."""
+        return heads_of(self.outputs)
+
+    def ask(self, head: str) -> None:
+        """Let `logits` say what this head says."""
+        self.head = head
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of `text` by the tokenizer in the folder."""

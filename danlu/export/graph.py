@@ -208,8 +208,24 @@ def named(prefix: str, kind: str, said: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{before}logits", said
 
 
-def said(out: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return what a graph says of one row, from its outputs without their first dimension: that of the first head, in float64."""
+SUFFIXES = ("_start_logits", "_end_logits", "_sentence_embedding", "_logits")
+PRETRAINING = ("prediction", "seq_relationship", "sentence_order")         # heads of pretraining, which are no tasks
+
+
+def heads_of(outputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the tasks of a graph that has several, by its outputs."""
+    found = [next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), "") for name in outputs]
+    tasks = tuple(dict.fromkeys(name for name in found if name and name not in ("start", "end", *PRETRAINING)))
+    return tasks if len(tasks) > 1 else ()
+
+
+def said(out: Mapping[str, np.ndarray], head: str = "") -> np.ndarray:
+    """Return what a graph says of one row, from its outputs without their first dimension, in float64.
+
+    head: of several; the first if none is named.
+    """
+    if head:
+        out = {name.removeprefix(f"{head}_"): value for name, value in out.items() if name.startswith(f"{head}_")}
     if "start_logits" in out:
         return np.stack([out["start_logits"], out["end_logits"]], -1).astype(np.float64)
     told = next((out[name] for name in ("logits", "sentence_embedding") if name in out), next(iter(out.values())))

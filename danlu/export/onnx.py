@@ -172,4 +172,4 @@ class Onnx(Spoken):
         """Return what is said of one row: [T, V] of a language model, [K], [T, K] or [T, 2] of a task, [D] of a text's vector."""
         row = np.array(ids, np.int64)[None]
         out = self.run(row[:, None] if len(self.inputs["input_ids"]) == 3 else row)
-        return said({name: told[0] for name, told in out.items()})
+        return said({name: told[0] for name, told in out.items()}, self.head)

@@ -23,6 +23,7 @@ from danlu.train import receipt
 from danlu.words import _
 
 FILE = "parity.json"
+OF_ROWS = ("logits", "KL", "top-1", "cosine", "greedy")  # the checks of what a model says of rows
 PROMPTS, PROMPT, NEW = 3, 8, 16                  # of the greedy continuation: how many, tokens of each, new ones
 
 
@@ -79,6 +80,17 @@ class Tells(Protocol):
         """Return it.  Only of scores there is a distribution and a likeliest; an answer's are over the T places of a row."""
 
 
+@runtime_checkable
+class Heads(Protocol):
+    """An artefact that may have several heads, of which one is asked."""
+
+    def heads(self) -> tuple[str, ...]:
+        """Return their names; () of one head or none."""
+
+    def ask(self, head: str) -> None:
+        """Let `logits` say what this head says."""
+
+
 class Limits(Model):
     """What may differ.  None: shown, not judged."""
 
@@ -130,8 +142,8 @@ class Report(NamedTuple):
 
     @property
     def green(self) -> bool:
-        """Whether nothing is red and something was compared."""
-        return all(c.state != "red" for c in self.checks) and any(c.state == "green" for c in self.checks)
+        """Whether nothing is red and what is said of rows was compared."""
+        return all(c.state != "red" for c in self.checks) and any(c.state == "green" and c.name in OF_ROWS for c in self.checks)
 
     @property
     def red(self) -> tuple[str, ...]:
@@ -155,7 +167,7 @@ def compare(a: Artefact, b: Artefact, rows: Sequence[Sequence[int]], texts: Sequ
     checks = list[Check]()
     profile = Profile()
     if given:
-        checks += _logits(a, b, given, limits, profile)
+        checks += _of_heads(a, b, given, limits, profile)
     else:
         checks.append(Check("logits", "not compared", told=_("there are no rows")))
     text = [_ids(a, b, texts), _back(a, b, texts)]
@@ -164,6 +176,24 @@ def compare(a: Artefact, b: Artefact, rows: Sequence[Sequence[int]], texts: Sequ
     red = frozenset(c.name for c in checks if c.state == "red")
     return Report((a.name, a.kind), (b.name, b.kind), tuple(checks), causes(red, profile), len(given), sum(map(len, given)),
                   len(texts), files.digest([given, list(texts), [list(map(dict, d)) for d in dialogues]]))
+
+
+def _of_heads(a: Artefact, b: Artefact, rows: list[list[int]], limits: Limits, profile: Profile) -> list[Check]:
+    """Compare what each head says of rows; of each check the head that does worst in it."""
+    if not isinstance(a, Heads) or not isinstance(b, Heads) or not (a.heads() or b.heads()):
+        return _logits(a, b, rows, limits, profile)
+    mine, theirs = a.heads(), b.heads()
+    if set(mine) != set(theirs):
+        return [Check("heads", "red", told=_("{a} here, {b} there").format(a=mine, b=theirs))]
+    found: dict[str, Check] = {}
+    for head in (*mine[1:], mine[0]):                        # the first is left to be asked about its labels
+        a.ask(head)
+        b.ask(head)
+        for check in _logits(a, b, rows, limits, profile):
+            named = check._replace(told=f"{head}: {check.told}" if check.told else head)
+            if check.name not in found or (check.state == "red" and found[check.name].state != "red"):
+                found[check.name] = named
+    return list(found.values())
 
 
 def _logits(a: Artefact, b: Artefact, rows: list[list[int]], limits: Limits, profile: Profile) -> list[Check]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from danlu.export.table import Options
 
 FILE = "model.pt2"
+OPERATION = re.compile(r"torch\.ops\.(aten|prims|higher_order)\.[\w.]+|_operator\.\w+|math\.\w+|torch\._?sym_\w+")
+NAME = re.compile(r"[A-Za-z]\w*")
+OF_SIZES = frozenset({"Symbol", "Integer", "Add", "Mul", "Pow", "Mod", "PythonMod", "Max", "Min", "FloorDiv", "CleanDiv",
+                      "CeilToInt", "FloorToInt", "ModularIndexing"})
 
 
 def export(subject: Subject, folder: Path, options: Options) -> None:
@@ -63,7 +69,7 @@ def check(path: Path) -> None:
     """Raise SecurityError if torch.export.load would unpickle anything of the file, DataError if it is no such file.
 
     It does so for example inputs, for tensors that are marked so, for objects among the constants and for the layout of older
-    files, each of which may run code.
+    files, each of which may run code.  So may sizes, which sympy evaluates as Python, and functions that are no operations.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -73,6 +79,8 @@ def check(path: Path) -> None:
                 odd |= "custom_obj" in kept or "opaque_obj" in kept or kept in ("version", "serialized_exported_program.json")
                 if kept.endswith("_config.json"):
                     odd |= _pickles(json.loads(archive.read(one)))
+                if "models/" in kept and kept.endswith(".json"):
+                    odd |= any(_evaluates(name, text) for name, text in _texts(json.loads(archive.read(one))))
                 if odd:
                     raise SecurityError(_("{file} in it is a format that can run code, and is not opened").format(file=kept),
                                         where=str(path), fix=_("export the model again with Danlu"))
@@ -83,6 +91,43 @@ def check(path: Path) -> None:
 def _pickles(config: Any) -> bool:
     """Return whether a table of tensors says of one that it is pickled."""
     return any(one.get("use_pickle") is not False for one in config.get("config", {}).values())
+
+
+def _texts(program: Any) -> Iterator[tuple[str, str]]:
+    """Yield what a program says of sizes and operations, as (key, text)."""
+    for key, value in program.items() if isinstance(program, dict) else ():
+        if isinstance(value, str) and key in ("expr_str", "target"):
+            yield key, value
+    for value in program.values() if isinstance(program, dict) else program if isinstance(program, list) else ():
+        yield from _texts(value)
+
+
+def _evaluates(key: str, text: str) -> bool:
+    """Return whether a text is more than a size, or another operation than PyTorch's."""
+    if key == "target":
+        return OPERATION.fullmatch(text) is None
+    try:
+        return not _size(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True
+
+
+def _size(node: ast.expr) -> bool:
+    """Return whether an expression is made of numbers, names of sizes and the functions of sizes alone."""
+    if isinstance(node, ast.Call):
+        inner = [*node.args, *(word.value for word in node.keywords)]
+        known = isinstance(node.func, ast.Name) and node.func.id in OF_SIZES
+        named = known and node.func.id == "Symbol" and len(node.args) == 1    # type: ignore[attr-defined]
+        if named and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            return NAME.fullmatch(node.args[0].value) is not None and all(map(_size, inner[1:]))
+        return known and all(map(_size, inner))
+    if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.Pow):
+        return _size(node.left) and _size(node.right)
+    if isinstance(node, ast.UnaryOp):
+        return _size(node.operand)
+    if isinstance(node, ast.Name):
+        return NAME.fullmatch(node.id) is not None
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float)
 
 
 class Exported(Spoken):
@@ -119,4 +164,4 @@ class Exported(Spoken):
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what is said of one row: [T, V] of a language model, [K], [T, K] or [T, 2] of a task, [D] of a text's vector."""
         row = torch.tensor([list(ids)])
-        return said({name: told[0].numpy() for name, told in self.run(row[:, None] if self.chooses else row).items()})
+        return said({name: told[0].numpy() for name, told in self.run(row[:, None] if self.chooses else row).items()}, self.head)

@@ -78,6 +78,11 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[Part], Field(max_length=64)]
     name: Annotated[str, Field(max_length=64)] | None = Field(None, description="Has no effect.")
+    refusal: None = Field(None, description="As an answer has it that a client sends back.")
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Only empty.")
+    audio: None = Field(None, description="Only empty.")
+    function_call: None = Field(None, description="Only empty.")
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Only empty.")
 
     @property
     def said(self) -> str:

@@ -6,6 +6,7 @@ No text of a client stands in it.  What a chain cannot show is that its end was 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from danlu import files
-from danlu.errors import IncompatibleError
+from danlu.errors import ConfigError, IncompatibleError
 from danlu.log import say
 from danlu.words import _
 
@@ -54,12 +55,19 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock, self.failed = path, threading.Lock(), False
-        found = check(path) if path.exists() else Checked(0, FIRST, None)
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # each line stands for the one before it
+        except BlockingIOError:
+            os.close(self.file)
+            raise ConfigError(_("another server writes this audit log"), where=str(path),
+                              fix=_("wait until it has ended, or give each server a log of its own")) from None
+        found = check(path)
         if found.broken is not None:
+            os.close(self.file)
             raise IncompatibleError(_("the audit log was changed: {why}").format(why=found.why), where=f"{path}:{found.broken}",
                                     fix=_("keep it as it is, and begin another"))
         self.last = found.last
-        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record with the time and the hashes, in one write."""

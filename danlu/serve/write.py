@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from danlu.data import chat
 from danlu.data.example import Turn, Unusable
 from danlu.decode import Batcher, Full, Patience, Piece, Sampling, Ticket, Work
-from danlu.errors import ConfigError, DataError
+from danlu.errors import ConfigError, DanluError, DataError
 from danlu.serve import filter as filters
 from danlu.serve.again import Again
 from danlu.serve.asked import Chat, Complete, Writing
@@ -328,7 +328,7 @@ async def _all(writer: Writer, prompts: Sequence[Prompt]) -> list[Answer]:
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(number)) for number in range(len(prompts))]
-    except* Refused as several:
+    except* (Refused, DanluError) as several:
         raise several.exceptions[0] from None
     finally:
         for each in tickets.values():

@@ -136,9 +136,14 @@ class Talk:
         ids, _weights = chat.encode(chat.render(self.template, self.whole, generate=True), self.tokenizer)
         return ids.tolist()                              # type: ignore[no-any-return]
 
+    @property
+    def context(self) -> int:
+        """The tokens of a conversation and its answer: those that an adapter puts before them have their place, too."""
+        return int(self.model.cfg.context - self.model.ahead.room())
+
     def fitted(self) -> list[int]:
         """Return the ids after the oldest turns are dropped until an answer has room; [] if the last turn alone is too long."""
-        context = self.model.cfg.context
+        context = self.context
         room, dropped, ids = min(self.most, max(1, context // 2)), 0, self.ids()
         while len(ids) + room > context and len(self.turns) > 1:
             del self.turns[:2 if len(self.turns) > 2 else 1]
@@ -159,10 +164,10 @@ class Talk:
             if not ids:
                 self.turns = before
         if not ids:
-            say(_("(this does not fit the model's context of {n} tokens)").format(n=self.model.cfg.context))
+            say(_("(this does not fit the model's context of {n} tokens)").format(n=self.context))
             return iter(())
         self.prompt = len(ids)
-        return self._written(ids, min(self.most, self.model.cfg.context - len(ids)))
+        return self._written(ids, min(self.most, self.context - len(ids)))
 
     def _written(self, ids: list[int], room: int) -> Iterator[str]:
         tokens = generate(self.model, ids, max_new_tokens=room, eos=endings(self.template, self.tokenizer), **self.sampling)

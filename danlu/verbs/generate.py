@@ -118,7 +118,7 @@ def _write(out: Path, prompts: list[str], said: Iterator[Answer], *, n: int, as_
 def _prompts(data: Path) -> Iterator[str]:
     """Yield the prompt of each line: a JSON object with `prompt` or `text`, or a JSON string."""
     try:
-        lines = data.read_text(encoding="utf-8").splitlines()
+        lines = data.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(_("the prompts cannot be read: {why}").format(why=error), where=str(data)) from None
     for number, line in enumerate(lines, 1):

@@ -21,6 +21,7 @@ from danlu.compress.prune import Prune, prune
 from danlu.compress.quantize import Quantize, quantize
 from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.evaluate.subject import open_subject
+from danlu.export import artefacts
 from danlu.export.artefacts import kind_of
 from danlu.models import weights
 from danlu.nn import packed
@@ -270,3 +271,11 @@ def test_verbs_follow_one_another(run: Path, tmp_path: Path) -> None:
         assert cli.main([verb, str(run / "run"), "--out", str(tmp_path / out), *options]) == 0
         assert cli.main(["quantize", str(tmp_path / out), "--out", str(tmp_path / f"{out}-8")]) == 0
         assert folder.size(tmp_path / f"{out}-8") < folder.size(tmp_path / out)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 4), ("rtn", 8), ("nf4", 4)])
+def test_what_may_differ_goes_by_the_bits_of_the_folder(tmp_path: Path, method: str, bits: int) -> None:
+    start = encoder(tmp_path)
+    words = ["quantize", str(start), "--method", method, "--out", str(tmp_path / "few")]
+    assert cli.main([*words, "--bits", str(bits)]) == 0
+    assert artefacts.bits_of(tmp_path / "few") == bits

@@ -14,6 +14,8 @@ from tiny import MAKES, made, prompts, tiny, tokenizer
 
 from danlu.adapt import Adapter, LoRA, Prefix, Prompt
 from danlu.decode import Batcher, Full, Piece, Sampling, Ticket
+from danlu.decode.rows import Row
+from danlu.decode.spoken import Speech
 from danlu.errors import ConfigError, TemporaryError
 from danlu.generate import generate
 from danlu.models.decoder import DecoderModel
@@ -331,3 +333,15 @@ def test_adapters_are_written_side_by_side_and_share_no_prefix() -> None:
         first = {name: ticket.cached_tokens for ticket, (_prompt, name) in zip(tickets[:4], asked[:4], strict=True)}
     assert first == {None: 32, "lora": 32, "prefix": 32, "prompt": 0}           # virtual tokens are read anew
     assert len({tuple(one) for one in got[:4]}) > 1
+
+
+def test_an_echo_with_logprobs_tells_the_token_that_ends_it() -> None:
+    """Who adds up what stands before the last token needs one more after the prompt, also where the model ends."""
+    for echo, ends in ((True, {3}), (False, {3}), (True, set())):
+        heard: list[Any] = []
+        row = Row([1, 2], Sampling(max_new_tokens=1, logprobs=1), heard.append, echo=echo)
+        row.speech = Speech(lambda ids: "x" * len(ids), ())
+        row.hear(3, torch.tensor([0.0, 0.0, 0.0, 5.0]), frozenset(ends))
+        (piece,) = heard
+        assert [one.id for one in piece.logprobs] == ([3] if echo else [])
+        assert piece.finish == ("stop" if ends else "length") and piece.ids == (() if ends else (3,))

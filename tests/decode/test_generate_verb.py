@@ -13,6 +13,7 @@ from tiny import made, tokenizer
 from danlu import cli
 from danlu.decode.pack import able
 from danlu.models import weights
+from danlu.verbs.generate import _prompts
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,9 @@ def test_a_broken_file_of_prompts_is_told_with_its_line(folder: Path, capsys: py
     words = ["generate", str(folder / "model"), "--data", str(folder / "broken.jsonl"), "--out", str(folder / "o"), "--json"]
     assert cli.main(words) == 3
     assert "broken.jsonl:2" in capsys.readouterr().err
+
+
+def test_a_line_of_prompts_ends_at_its_end_alone(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028two\u0085three"}\n"four"\n', encoding="utf-8")
+    assert list(_prompts(path)) == ["one\u2028two\u0085three", "four"]

@@ -142,6 +142,16 @@ def test_the_oldest_turns_make_room(run: Path, capsys: pytest.CaptureFixture[str
     assert one.last == fresh.last
 
 
+def test_what_an_adapter_puts_before_a_conversation_has_its_place(run: Path) -> None:
+    subject = open_subject(run)
+    one = Talk(subject.model, subject.tokenizer, template_of(subject), 24, GREEDY)              # type: ignore[arg-type]
+    for n in range(8):
+        one.turns += [Turn("user", f"what is {n} and 1?"), Turn("assistant", "it is 1!")]
+    one.turns.append(Turn("user", "so?"))
+    subject.model.ahead.tokens = 60
+    assert 0 < len(one.fitted()) <= 160 - 60 - 24 and one.turns[-1].content == "so?"
+
+
 def test_pieces_are_whole_characters(run: Path) -> None:
     subject = open_subject(run)
     subject.model.eval()

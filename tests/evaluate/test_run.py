@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from danlu.data.kinds import BPE, WordPiece
 from danlu.data.tokenizer import Tokenizer, train
 from danlu.errors import ConfigError, DataError
 from danlu.evaluate import run as evaluation
+from danlu.evaluate import tradeoff
 from danlu.evaluate.score import Document, score
 from danlu.evaluate.subject import open_subject
 from danlu.models import weights
@@ -176,3 +179,17 @@ def test_the_table_says_what_it_rests_on(decoder: Path, tmp_path: Path, capsys: 
     assert cli.main(["eval", str(decoder), "--data", str(held_out(tmp_path)), "--length", "32"]) == 0
     shown = capsys.readouterr().out
     assert "bits per byte" in shown and f"{len(TEXTS)} documents" in shown and "first tokens" in shown
+
+
+def test_results_of_one_name_are_told_apart() -> None:
+    assert evaluation.told_apart(["d", "e", "d"], ["val", "val", "test"]) == ["d-val", "e", "d-test"]
+    assert evaluation.told_apart(["d", "d"], ["val", "val"]) == ["d-val", "d-val-2"]
+
+
+def test_smaller_models_are_ranked_by_what_all_errors_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"precision_macro": 1.0, "recall_macro": 0.1, "f1_macro": 0.2}
+    found = SimpleNamespace(judged=SimpleNamespace(figures=figures))
+    monkeypatch.setattr(tradeoff.rows, "judged_on", lambda *given: found)
+    monkeypatch.setattr(tradeoff.rows, "task_of", lambda *given: None)
+    subject: Any = SimpleNamespace(cfg=SimpleNamespace(tasks=("a",)))
+    assert tradeoff.judged(subject, "x", tradeoff.rows.How()) == ("f1_macro", 0.2)

@@ -221,6 +221,40 @@ def test_every_head_is_compared(tmp_path: Path, heads: tuple[str, ...]) -> None:
                                       [[2, 9, 30, 14, 3]], ()).red
 
 
+def test_a_spoilt_second_head_is_seen(tmp_path: Path) -> None:
+    base = small.encoder(tmp_path)
+    cfg: Any = weights.read_config(base)
+    made = (Head(kind="classify", name="mood", labels=("a", "b")), Head(kind="tag", name="who", labels=("O", "B")))
+    model = build(cfg.with_tasks(made), "cpu").init(3)
+    weights.save(tmp_path / "two", model, tokenizer=base)
+    rows = [[2, 9, 30, 14, 3]]
+    for to in ("onnx", "torch-export", "hf"):
+        assert cli.main(["export", str(tmp_path / "two"), "--to", to, "--out", str(tmp_path / to)]) == 0
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "who" in name and x.ndim == 2:
+                x.mul_(-1)
+    weights.save(tmp_path / "other", model, tokenizer=base)
+    for to in ("onnx", "torch-export", "hf"):
+        report = parity.compare(artefacts.opened(tmp_path / "other"), table.EXPORTERS[to].open(tmp_path / to), rows, ())
+        assert "logits" in report.red and "who" in next(c.told for c in report.checks if c.name == "logits"), to
+        assert parity.compare(artefacts.opened(tmp_path / "two"), table.EXPORTERS[to].open(tmp_path / to), rows, ()).green
+
+
+def test_rows_that_are_none_make_nothing_green(decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, spoilt = tmp_path / "rows.jsonl", copied(decoder, tmp_path / "spoilt")
+    changed(spoilt, swap)
+    rows.write_text('{"text": "the film"}')                              # without an end of line
+    assert cli.main(["parity", f"danlu:{decoder}", f"danlu:{spoilt}", "--data", str(rows)]) == 4
+    for text, said in (("", "no row"), ("{", "not JSON"), ("[1]", "ids, text or messages"),
+                       ('{"ids": [4, 999999]}', "not those of a row"), ('{"ids": ' + str([4] * 5000) + "}", "5000 ids")):
+        rows.write_text(text)
+        capsys.readouterr()
+        assert cli.main(["parity", f"danlu:{decoder}", f"danlu:{decoder}", "--data", str(rows)]) == 3, text
+        assert said in capsys.readouterr().err
+    assert not parity.compare(artefacts.opened(decoder), artefacts.opened(decoder), [], ["the film"]).green
+
+
 def test_a_red_export_is_not_done(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(subject: Any, made: Path, options: Any) -> None:
         table.hf.write(subject, made, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def test_nothing_in_the_file_is_a_pickle(tmp_path: Path) -> None:
     assert [name for name, content in kept.items() if content.startswith((b"\x80", b"PK\x03\x04"))] == []
 
 
-@pytest.mark.parametrize("spoilt", ["inputs", "weights"])
+@pytest.mark.parametrize("spoilt", ["inputs", "weights", "sizes", "operations"])
 def test_a_file_that_would_be_unpickled_is_refused(spoilt: str, tmp_path: Path) -> None:
     path = torch_export.write(tmp_path, decoder())
     with zipfile.ZipFile(path) as archive:
@@ -52,6 +53,10 @@ def test_a_file_that_would_be_unpickled_is_refused(spoilt: str, tmp_path: Path) 
             kept[name] = b"\x80\x04."
         if spoilt == "weights" and name.endswith("weights_config.json"):
             kept[name] = content.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
+        if spoilt == "sizes" and name.endswith("models/model.json"):
+            kept[name] = re.sub(rb'"expr_str": "[^"]*"', b'"expr_str": "open(Symbol(chr(47)))"', content, count=1)
+        if spoilt == "operations" and name.endswith("models/model.json"):
+            kept[name] = re.sub(rb'"target": "torch.ops[^"]*"', b'"target": "torch.load"', content, count=1)
     assert kept != {}
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in kept.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from danlu.errors import IncompatibleError
+from danlu.errors import ConfigError, IncompatibleError
 from danlu.serve.audit import Log, check
 from tests.evaluate import small
 from tests.serve.at import serving
@@ -29,6 +29,14 @@ def test_a_good_log_goes_on(tmp_path: Path) -> None:
     found = check(path)
     assert (found.lines, found.broken) == (10, None) and found.last == json.loads(lines[-1])["sha256"]
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_two_servers_do_not_write_one_log(tmp_path: Path) -> None:
+    first = Log(tmp_path / "audit.jsonl")
+    with pytest.raises(ConfigError, match="another server"):
+        Log(tmp_path / "audit.jsonl")
+    first.close()
+    Log(tmp_path / "audit.jsonl").close()
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -136,6 +136,22 @@ def test_echoed_logprobs_are_those_of_a_full_forward(at: At) -> None:
     assert only["usage"]["completion_tokens"] == 0
 
 
+def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=3)               # type: ignore[arg-type]
+    again = [*MESSAGES, first.choices[0].message, {"role": "user", "content": "and?"}]
+    assert client.chat.completions.create(model="tiny", messages=again, max_tokens=3).choices           # type: ignore[arg-type]
+    again = [*MESSAGES, first.choices[0].message.model_dump(), {"role": "user", "content": "and?"}]
+    assert client.chat.completions.create(model="tiny", messages=again, max_tokens=3).choices           # type: ignore[arg-type]
+
+
+def test_a_schema_that_is_none_is_the_clients_fault(at: At) -> None:
+    for path, more in (("completions", {"prompt": "a"}), ("completions", {"prompt": ["a", "b"]}),
+                       ("chat/completions", {"messages": MESSAGES})):
+        answer = httpx.post(f"{at.url}/v1/{path}", json={"max_tokens": 4, **more, "response_format": {
+            "type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}})
+        assert answer.status_code == 400, (path, answer.text)
+
+
 def test_lm_eval_reads_the_likelihoods(at: At) -> None:
     models = pytest.importorskip("lm_eval.models.openai_completions")
     one = at.shelf.first
