@@ -22,7 +22,7 @@ from danlu.errors import ConfigError, DataError
 from danlu.evaluate.subject import Subject, open_subject
 from danlu.evaluate.written import template_of
 from danlu.export.beside import Beside
-from danlu.export.parity import Artefact, Says
+from danlu.export.protocol import Artefact, Says
 from danlu.generate import writes
 from danlu.models import weights
 from danlu.words import _

@@ -11,7 +11,8 @@ from danlu import files
 from danlu.errors import ConfigError, IncompatibleError
 from danlu.evaluate.subject import Subject, open_subject
 from danlu.export import artefacts, parity, table
-from danlu.export.parity import Artefact, Limits, Report
+from danlu.export.parity import Limits, Report
+from danlu.export.protocol import Artefact
 from danlu.export.table import EXPORTERS, Options
 from danlu.export.texts import TEXTS
 from danlu.words import _

@@ -22,7 +22,7 @@ from danlu.data.example import Turn
 from danlu.errors import ConfigError, DataError, IncompatibleError
 from danlu.export import gguf, llama_cpp
 from danlu.export.gguf_vocabulary import CONTROL, NORMAL, RULES
-from danlu.export.parity import Artefact
+from danlu.export.protocol import Artefact
 from danlu.log import say
 from danlu.models.build import build
 from danlu.models.decoder import Decoder

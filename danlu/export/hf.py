@@ -12,7 +12,7 @@ from danlu.errors import ConfigError
 from danlu.evaluate.subject import Subject
 from danlu.export import artefacts, source
 from danlu.export.card import card
-from danlu.export.parity import Artefact
+from danlu.export.protocol import Artefact
 from danlu.export.theirs import Transformers, embeds, installed
 from danlu.log import say
 from danlu.models import weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -17,6 +17,7 @@ import danlu
 from danlu import files
 from danlu.config import Model
 from danlu.errors import DanluError
+from danlu.export.protocol import Artefact, Heads, Names, Reads, Said, Says, Tells
 from danlu.export.texts import DIALOGUES
 from danlu.export.told import Profile, causes
 from danlu.train import receipt
@@ -25,70 +26,6 @@ from danlu.words import _
 FILE = "parity.json"
 OF_ROWS = ("logits", "KL", "top-1", "cosine", "greedy")  # the checks of what a model says of rows
 PROMPTS, PROMPT, NEW = 3, 8, 16                  # of the greedy continuation: how many, tokens of each, new ones
-
-
-class Said(NamedTuple):
-    """What an artefact says of one row."""
-
-    ids: list[int]
-    logits: np.ndarray                           # [T, V] of a language model, or [K], [T, K] … of a task; float64
-
-
-class Artefact(Protocol):
-    """A model that can be asked, in whatever runtime."""
-
-    name: str                                    # what it is, as people read it
-    kind: str                                    # danlu, hf, peft, merged, onnx, gguf, torch-export, quantized …
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Return what is said of one row without padding, float64."""
-
-    def encode(self, text: str) -> list[int] | None:
-        """Return the ids of `text` without special ones; None: no tokenizer of its own."""
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Return a conversation with the header of the next answer, by its own chat template; None: it has none."""
-
-    def ends(self) -> frozenset[int] | None:
-        """Return the ids that stop it; None: it does not write, or does not say."""
-
-
-@runtime_checkable
-class Reads(Protocol):
-    """An artefact that turns ids into text again."""
-
-    def decode(self, ids: Sequence[int]) -> str | None:
-        """Return the text of ids; None: no tokenizer of its own."""
-
-
-@runtime_checkable
-class Names(Protocol):
-    """An artefact that names its classes."""
-
-    def labels(self) -> tuple[str, ...] | None:
-        """Return the names of the classes in the order of their numbers; None: it has no classes."""
-
-
-Says = Literal["classes", "places", "vector"]    # scores of classes or tokens [.., K]; of places [T, 2]; numbers [.., D]
-
-
-@runtime_checkable
-class Tells(Protocol):
-    """An artefact that knows what its numbers are."""
-
-    def says(self) -> Says:
-        """Return it.  Only of scores there is a distribution and a likeliest; an answer's are over the T places of a row."""
-
-
-@runtime_checkable
-class Heads(Protocol):
-    """An artefact that may have several heads, of which one is asked."""
-
-    def heads(self) -> tuple[str, ...]:
-        """Return their names; () of one head or none."""
-
-    def ask(self, head: str) -> None:
-        """Let `logits` say what this head says."""
 
 
 class Limits(Model):

@@ -15,7 +15,7 @@ from danlu.evaluate.written import template_of
 from danlu.export import artefacts
 from danlu.export.beside import stops
 from danlu.export.card import card
-from danlu.export.parity import Artefact
+from danlu.export.protocol import Artefact
 from danlu.export.theirs import GENERATION, installed, with_adapter
 from danlu.generate import writes
 from danlu.log import say

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from danlu.config import Model
 from danlu.evaluate.subject import Subject
 from danlu.export import gguf, gguf_read, hf, onnx, peft, torch_export
-from danlu.export.parity import Artefact
+from danlu.export.protocol import Artefact
 
 
 class Options(Model):

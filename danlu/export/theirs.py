@@ -17,7 +17,7 @@ import torch
 from danlu.adapt import folder as adapters
 from danlu.adapt.peft import TYPES
 from danlu.errors import ConfigError, DataError, IncompatibleError
-from danlu.export.parity import Says
+from danlu.export.protocol import Says
 from danlu.log import say
 from danlu.models import weights
 from danlu.words import _
