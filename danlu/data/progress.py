@@ -32,6 +32,7 @@ from danlu.errors import ConfigError, DataError
 from danlu.words import _
 
 HIDDEN = ".unfinished"
+HALF = re.compile(r"\.(\d{5,}\.safetensors|(manifest|report|progress)\.json|rejects\.jsonl)\.[0-9a-f]{8}")      # of files.py
 SEEN = np.dtype([("key", "<u8", 2), ("note", "u1")])            # one line of seen.bin: 17 bytes
 FREE = ("rejects", "split.strict")                              # settings that change no row of the result
 
@@ -108,8 +109,16 @@ def prune(out: Path, split: str, *, keep: int) -> None:
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         if re.fullmatch(r"\d{5,}", path.stem) and int(path.stem) >= keep:
             path.unlink()
+    sweep(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed had half written; only who holds `alone` may."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if HALF.fullmatch(path.name):
+            path.unlink()
 
 
 def _refuse_strangers(out: Path) -> None:
@@ -196,6 +205,7 @@ class Progress:
                 self._check(entries)
                 shelf.restore(entries, mapped.read(self.hidden / one["file"], one["bytes"]))
             prune(self.out, split, keep=len(shelf.entries))
+        sweep(self.out)
         if commit and seen is not None:
             left = commit["logs"]["seen"]                       # what lies beyond was written after the commit
             with (self.hidden / "seen.bin").open("rb") as file:

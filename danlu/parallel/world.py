@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from danlu.errors import ConfigError
+from danlu.errors import ConfigError, TemporaryError
 from danlu.layout import Layout
 from danlu.words import _
 
@@ -110,8 +110,13 @@ def _met(size: int) -> dict[str, Any]:
         return {"store": dist.TCPStore(host, port, size, False), "rank": rank, "world_size": size}
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((host, port))
-    listening.listen(size)
+    try:
+        listening.bind((host, port))
+        listening.listen(size)
+    except OSError as error:                             # whoever chose the port let go of it so that it can be taken here
+        listening.close()
+        raise TemporaryError(_("another program has taken port {port}, where the processes meet: {why}").format(
+            port=port, why=error.strerror), fix=_("start again")) from None
     store = dist.TCPStore(host, port, size, True, master_listen_fd=listening.detach())
     return {"store": store, "rank": rank, "world_size": size}
 

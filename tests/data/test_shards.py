@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from danlu import fault, files
-from danlu.data import mapped, shards
+from danlu.data import mapped, progress, shards
 from danlu.errors import DataError, SecurityError
 
 ROW = {"bytes": 7, "file": 0, "line": 3}
@@ -233,3 +233,15 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, point: str) -> None:
         writer.close()
     assert list((tmp_path / "train").iterdir()) == [] and writer.entries == []
     assert writer.close()[0].documents == 1         # nothing was lost: the next attempt writes it
+
+
+def test_what_a_killed_process_had_half_written_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for name in ("00000.safetensors", "00001.safetensors", ".00003.safetensors.d33f4c2a", ".mine", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    progress.prune(tmp_path, "train", keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == [".mine", "00000.safetensors", "notes.txt"]
+    (tmp_path / ".manifest.json.0123abcd").write_bytes(b"x")
+    progress.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]

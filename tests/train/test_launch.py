@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import danlu
-from danlu import cli, fault
+from danlu import cli, fault, parallel
 from danlu.errors import ConfigError, TemporaryError
+from danlu.layout import Layout
 from danlu.train import launch
-from danlu.train.launch import judged, refuse_elsewhere, supervise
+from danlu.train.launch import FINAL, judged, refuse_elsewhere, supervise
 
 BEGIN = """
 import os, pathlib, signal, sys, time
@@ -332,3 +335,15 @@ def test_a_layout_that_does_not_fit_the_machines_is_refused(recipe: Path, words:
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["launch", "--render", "slurm", str(recipe), "layout.dp=16", *words.split()]) == 2
     assert "the layout needs 16 processes" in capsys.readouterr().err
+
+
+def test_a_port_that_was_taken_meanwhile_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(taken.getsockname()[1])), ("RANK", "0"),
+                            ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TemporaryError, match="another program") as caught:
+            parallel.join(Layout(dp=2), torch.device("cpu"))
+    assert caught.value.code not in FINAL                    # so the supervisor starts all again, at another port
