@@ -21,7 +21,7 @@ from danlu.optim import LAMB, AdamW, Lion, Momentum
 from danlu.parallel.pipeline import Pipe, Stage
 from danlu.parallel.place import alone
 from danlu.rehearse import Rehearsal, rehearse, settled, slots, spans
-from danlu.rehearse.ledger import Kind, Ledger, following
+from danlu.rehearse.ledger import KERNEL, Kind, Ledger, following
 from danlu.rehearse.order import Action, Cost, orders, play
 from danlu.rehearse.trace import placed_as, process
 from danlu.train.recipe import Run
@@ -64,6 +64,28 @@ def test_recomputing_keeps_less() -> None:
     block = 4 * ROWS * LENGTH * WIDTH
     assert LAYERS * block < less.activations < plain.activations
     assert less.peak < plain.peak
+
+
+@pytest.mark.parametrize("kind", ["regress", "classify"])
+def test_a_task_is_rehearsed_from_made_up_rows(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "task.yaml"
+    objective = {"kind": kind} | ({"labels": ["bad", "good"]} if kind == "classify" else {})
+    file.write_text(json.dumps(config.dump(recipe({"dp": 2}, objective=objective))))
+    assert main(["rehearse", str(file), "--vocab", "64", "--json"]) == 0, capsys.readouterr().err
+
+
+def test_products_in_bf16_leave_their_code_behind() -> None:
+    """Each of its shapes once, on a CPU alone; nothing for fp32."""
+    def kept(dtype: torch.dtype, *, cpu: bool = True) -> list[int]:
+        ledger = Ledger(None, {}, {})
+        ledger.log, ledger.cpu = [], cpu
+        with following(ledger):
+            for rows in (3, 3, 5):
+                torch.ones(rows, 4, dtype=dtype) @ torch.ones(4, 2, dtype=dtype)
+        return [event.code for event in ledger.log if event.code]
+
+    assert kept(torch.bfloat16) == [KERNEL, KERNEL]
+    assert kept(torch.float32) == kept(torch.bfloat16, cpu=False) == []
 
 
 @pytest.mark.parametrize(("micro", "recompute"), [(1, "none"), (2, "full")])

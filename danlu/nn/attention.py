@@ -193,6 +193,9 @@ def probabilities(q: Tensor, k: Tensor, see: Sight) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Sight, dropout: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     bias = None if see.bias is None else see.bias.to(q.dtype)
+    if bias is not None and q.shape[1] != k.shape[1] and q.device.type != "cpu":
+        # there the kernels that share heads take no mask, and what is left for both keeps all scores in fp32
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout,
                                          is_causal=see.causal and bias is None, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)

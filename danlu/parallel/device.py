@@ -36,10 +36,22 @@ def start(*, threads: int | None, device: str, allocator: Allocator = "keep") ->
         raise ConfigError(_("no CUDA device is visible"), where="device", fix=_("set device=cpu or auto"))
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         torch.backends.cuda.matmul.allow_tf32 = False
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))     # one each
+        torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
         return torch.device("cuda", torch.cuda.current_device())
     _bound_memory()
     return torch.device("cpu")
+
+
+def _own_gpu(visible: int) -> int:
+    """Return which of the visible GPUs is this process's: one each.  ConfigError if there are fewer than processes."""
+    place = int(told) if (told := os.environ.get("LOCAL_RANK")) else torch.cuda.current_device()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
+    if place and visible == 1 and os.environ.get("SLURM_PROCID"):        # srun --gpus-per-task=1 shows each its own
+        return 0
+    if place >= visible:
+        raise ConfigError(_("{n} processes on this machine, and {m} GPUs can be seen").format(n=here, m=visible), where="layout",
+                          fix=_("give each process a GPU of its own, or set device=cpu"))
+    return place
 
 
 def _bound_memory() -> None:

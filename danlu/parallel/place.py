@@ -107,6 +107,16 @@ class Placed:
                                                 gradient_as_bucket_view=True)
         return self
 
+    def reshard(self) -> None:
+        """Let go of gathered weights: after a forward pass alone they would stay until the next backward pass."""
+        if self.sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            for root in self.roots:
+                for module in root.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+
     @property
     def sharded(self) -> bool:
         return hasattr(self.roots[0], "set_requires_gradient_sync")

@@ -93,7 +93,8 @@ def join(layout: Layout, device: torch.device) -> World:
     if size == 1 and not os.environ.get("RANK"):
         return World(layout, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **_met(size),
+        # what `layout.offload` leaves on the host is summed there
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **_met(size),
                                 device_id=device if device.type == "cuda" else None)
     return meshed(layout, device)
 

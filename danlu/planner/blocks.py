@@ -28,6 +28,7 @@ class Need(NamedTuple):
     mapped: int                                          # of files that are mapped, at most
     rounded: int                                         # of tensors at the peak, each rounded up as on CUDA
     small: int                                           # what comes and goes of blocks below LARGE, at most
+    code: int = 0                                        # of code made for shapes of products, up to the phase's end
 
     @property
     def spread(self) -> int:
@@ -46,18 +47,20 @@ def needs(events: Iterable[Event]) -> dict[str, Need]:
     """Return what each phase needs; of one that comes several times, the time it needs most."""
     found: dict[str, Need] = {}
     phase, live, rounded, mapped, now = "", 0, 0, 0, Need(0, 0, 0, 0, 0)
-    small = begun = most = 0                             # of small blocks: now, when the phase began, at most since
+    small = begun = most = code = 0                      # of small blocks: now, when the phase began, at most since
     sizes: dict[int, int] = {}
 
     def close() -> None:
         if phase and (phase not in found or now.tensors + now.mapped > found[phase].tensors + found[phase].mapped):
-            found[phase] = now._replace(small=most - begun)
+            found[phase] = now._replace(small=most - begun, code=code)
 
     for event in events:
         if event.phase:
             close()
             phase, now = event.phase, Need(live, live, mapped, rounded, 0)
             begun = most = small
+        elif event.code:
+            code += event.code
         elif event.mapped is not None:
             mapped = event.mapped
         elif event.size:

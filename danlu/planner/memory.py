@@ -70,7 +70,7 @@ def _of_stage(rehearsal: Rehearsal, phase: str) -> Need:
 
 def _parts(run: Run, machine: Machine, rehearsal: Rehearsal, phase: str, need: Need) -> dict[str, int]:
     cpu = machine.device.kind == "cpu"
-    process = machine.base + LIBRARIES.get(phase, 0) * cpu
+    process = machine.base + LIBRARIES.get(phase, 0) * cpu + need.code
     if cpu and run.objective.tasks() and phase in ("load", "evaluate", "step", "save"):
         process += JUDGING
     if run.layout.world > 1:

@@ -24,6 +24,8 @@ KINDS = {"all_reduce": "all-reduce", "allreduce": "all-reduce", "all_gather": "a
          "reduce_scatter": "reduce-scatter", "broadcast": "broadcast", "all_to_all": "all-to-all", "alltoall": "all-to-all"}
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 QUIET = ("wait_tensor", "barrier")                       # they move nothing
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+KERNEL = 600_000                                         # bytes of what oneDNN keeps of a product: 194 took 116 MB
 
 
 class Kind(NamedTuple):
@@ -67,12 +69,14 @@ class Traffic:
 
 
 class Event(NamedTuple):
-    """A storage that begins (`size` > 0) or ends (0); a phase that begins, if it has a name; bytes of a file that is mapped."""
+    """A storage that begins (`size` > 0) or ends (0); a phase that begins, if it has a name; bytes of a file that is mapped;
+    bytes of code that is made and stays."""
 
     key: int = 0
     size: int = 0
     phase: str = ""
     mapped: int | None = None
+    code: int = 0
 
 
 class Ledger(TorchDispatchMode):
@@ -91,7 +95,8 @@ class Ledger(TorchDispatchMode):
         self.paused = False
         self.traffic = Traffic()
         self.log: list[Event] | None = None
-        self.gloo = False                                # whether messages go by gloo, which copies some of them
+        self.cpu = False                                 # gloo copies some messages, oneDNN keeps code for each product in bf16
+        self.kernels: set[Any] = set()
 
     def phase(self, name: str) -> None:
         """Write down that a phase begins."""
@@ -114,12 +119,13 @@ class Ledger(TorchDispatchMode):
         if collective := func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args)
         out = func(*args, **(kwargs or {}))
-        if collective and self.gloo and self.log is not None and _kind(func) in ("all-gather", "reduce-scatter"):
+        if collective and self.cpu and self.log is not None and _kind(func) in ("all-gather", "reduce-scatter"):
             whole = max(_bytes(one) for one in (*args, out))             # it holds all of it once more while it sends
             self.log += [Event(-1, whole), Event(-1)]
         mine = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and getattr(leaf, "fake_mode", None) is self.fake]
         if mine:
             products = _flops(func.overloadpacket, args, kwargs or {}, out)
+            self._kernel(func.overloadpacket, args)
             self.flops += products
             if not products and not func.is_view:        # it takes as long as its numbers take to come and go
                 self.moved += _bytes(args) + _bytes(out)
@@ -127,6 +133,14 @@ class Ledger(TorchDispatchMode):
             if leaf.device.type != "meta":
                 self._hold(leaf.untyped_storage())
         return out
+
+    def _kernel(self, name: Any, args: Any) -> None:
+        """Write down what oneDNN keeps from now on, if this product is the first of its shapes: code made for them."""
+        if self.cpu and self.log is not None and name in PRODUCTS and args[-1].dtype in (torch.bfloat16, torch.float16):
+            shapes = tuple((tuple(arg.shape), arg.stride()) for arg in args[-2:])
+            if shapes not in self.kernels:
+                self.kernels.add(shapes)
+                self.log.append(Event(code=KERNEL))
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -59,7 +59,7 @@ def life(run: Run, batch: dict[str, Tensor], held_out: dict[str, Tensor] | None,
                 module.dropout = 0.0
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         ledger = Ledger(fake, {}, {})
-        ledger.log, ledger.gloo = [], run.device == "cpu"
+        ledger.log, ledger.cpu = [], run.device == "cpu"
         with stand_ins(run), fake, following(ledger):
             one = _Process(run, model, ledger)
             given: dict[str, Tensor] = {name: fake.from_tensor(column) for name, column in batch.items()}

@@ -38,8 +38,7 @@ def _of_tasks(run: Run, rows: int) -> dict[str, Tensor]:
     several = getattr(run.objective, "several", False)
     shape = (rows, len(run.objective.labels)) if several else (rows,)       # type: ignore[union-attr]
     label = torch.zeros(shape, dtype=torch.float32 if several or kind == "regress" else torch.int64)
-    name = "label" if kind == "classify" else "score"
-    return {name: label, f"{name}_weights": torch.ones(shape), "ends": torch.zeros(rows, dtype=torch.int64)}
+    return {"label": label, "label_weights": torch.ones(shape), "ends": torch.zeros(rows, dtype=torch.int64)}
 
 
 def share(objective: Objective) -> float:

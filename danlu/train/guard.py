@@ -25,6 +25,7 @@ from danlu.words import _
 
 HISTORY = 128                                           # losses that a new one is compared with
 ENOUGH = 10                                             # before so many there is no history to speak of
+OVERFLOWS = 40                                          # updates in a row: a loss scale is halved by each
 MOVED_AFTER = 10                                        # updates after which every trained parameter must have moved
 
 
@@ -34,7 +35,7 @@ class Guard:
     def __init__(self, *, max_skips: int, spike: float, history: Sequence[float] = (), skipped: int = 0) -> None:
         self.max_skips, self.spike = max_skips, spike
         self.history: deque[float] = deque(history, maxlen=HISTORY)
-        self.in_a_row, self.skipped = 0, skipped
+        self.in_a_row, self.overflows, self.skipped = 0, 0, skipped            # the first two: up to now, without a break
         self.reason = ""
 
     def score(self, loss: float) -> float:
@@ -56,7 +57,15 @@ class Guard:
         self.reason = ""
         if scaler and not math.isfinite(norm) and math.isfinite(loss):
             self.reason = _("fp16 overflow: the loss scale is lowered")
+            self.overflows += 1
+            self.skipped += 1
+            if self.overflows > OVERFLOWS:
+                raise NumericError(
+                    _("{n} updates in a row had to be skipped: {why}").format(n=self.overflows, why=_(
+                        "no loss scale is low enough; the gradients themselves are not finite")),
+                    where=_("step {step}").format(step=step), fix=_("set precision=bf16 or fp32, or lower optim.lr"))
             return False
+        self.overflows = 0
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.reason = _("loss {loss} or gradient norm {norm} is not finite").format(loss=loss, norm=norm)
         elif self.score(loss) > self.spike:

@@ -79,6 +79,7 @@ class Hooks:
     measure: Callable[[], Loss | None]                   # loss on held-out rows
     save: Callable[[Progress, bool], None]               # (progress, wait for the disk)
     saved: Callable[[], str]                             # '12s' since the last checkpoint, or ''
+    kept: Callable[[], str]                              # the name of the last checkpoint that is on disk
     poll: Callable[[], None]                             # tells failures of saves under way
     sample: Callable[[], None]
     after_update: Callable[[], None]                     # averaged weights
@@ -143,7 +144,7 @@ class Loop:
         self.engine.asked = lambda: bool(asked.signal)
         if progress.step == 0:
             self.evaluate()
-        while progress.step < plan.total:
+        while progress.step < plan.total and not self.impatient():
             self.hooks.beat(progress.step, "data")
             self.hooks.enter("data")
             batch, position = next(feed)
@@ -170,8 +171,10 @@ class Loop:
             if asked.signal if self.engine.world.size == 1 else self.engine.stopping:
                 self.live.end()
                 self.hooks.save(progress, True)
-                raise Stopped(_("stopped by a signal at step {step}; the same command goes on from there").format(
-                    step=progress.step), signal=asked.signal or signal.SIGTERM)
+                told = _("stopped by a signal at step {step}; the same command goes on from there")
+                if self.hooks.kept() != f"checkpoint-{progress.step}":
+                    told = _("stopped by a signal at step {step}, not saved; the same command goes on from {place}")
+                raise Stopped(told.format(step=progress.step, place=self.hooks.kept()), signal=asked.signal or signal.SIGTERM)
         self.live.end()
         return progress
 
@@ -247,7 +250,11 @@ class Loop:
             progress.best, progress.best_step, progress.waited = value, progress.step, 0
             return False
         progress.waited += 1
-        return plan.patience is not None and progress.waited >= plan.patience
+        return self.impatient()
+
+    def impatient(self) -> bool:
+        """Return whether patience has ended, in this process or in one that the run goes on from."""
+        return self.plan.patience is not None and self.progress.waited >= self.plan.patience
 
     def values(self, losses: Tensor, loss: float, lr: float, norm: float, clock: _Clock) -> dict[str, float | int | str]:
         """Return what a line of metrics says, under the field's names."""

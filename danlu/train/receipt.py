@@ -37,8 +37,11 @@ def machine() -> dict[str, Any]:
 
 
 def same_machine(found: Path | None, run: Run) -> bool:
-    """Return whether a resumed run may be held to the recorded losses: same versions, threads and settings."""
-    if found is None:
+    """Return whether a resumed run may be held to the recorded losses: same versions, threads and settings.
+
+    On a GPU some kernels add in no fixed order, unless PyTorch is told not to use them: there nothing repeats to the bit.
+    """
+    if found is None or (run.device != "cpu" and torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled()):
         return False
     manifest = files.read_json(found / "manifest.json")
     return all(manifest.get(k) == v for k, v in machine().items()) and not differences(manifest["run"], config.dump(run))

@@ -70,7 +70,7 @@ def train(run: Run) -> Path:
     if found is not None:
         with meter.during("resume"):
             resume(run, work, found, data)
-    recorded = metrics.rewind(work.progress.step, micro=work.progress.micro)
+    recorded = metrics.rewind(work.progress.step or -1, micro=work.progress.micro)      # step 0 is evaluated again
     begin(run, work, data, choice)
     if found is None and run.guard.reload:
         check_reload(run, work, data, choice)
@@ -228,7 +228,7 @@ def hooks(run: Run, work: Work, data: Data, saver: Saver, *, beats: tuple[Watchd
         with meter.during("save"):
             saver.save(progress, wait)
 
-    return Hooks(measure=measure, save=save, saved=saver.age, poll=saver.poll, beat=beat, enter=meter.enter,
+    return Hooks(measure=measure, save=save, saved=saver.age, kept=saver.kept, poll=saver.poll, beat=beat, enter=meter.enter,
                  sample=lambda: averaged(work, lambda: show_sample(run, work, data)),
                  after_update=lambda: average(work, run.ema))
 
@@ -256,6 +256,7 @@ def averaged(work: Work, do: Callable[[], Any]) -> Any:
     finally:
         for name, tensor in held.items():
             tensor.copy_(now[name])
+        work.model.reshard()                             # or the next step would compute with the averages it has gathered
 
 
 def show_sample(run: Run, work: Work, data: Data, most: int = 48) -> None:
@@ -265,8 +266,9 @@ def show_sample(run: Run, work: Work, data: Data, most: int = 48) -> None:
         return
     prompt = data.held_out[0].document(0).ids[: min(8, run.length // 2)].tolist()
     work.model.eval()
-    out = list(generate(model, prompt, max_new_tokens=min(most, run.length - len(prompt)), temperature=0.8, top_k=50,
-                        eos=eos if work.engine.world.size == 1 else None, seed=work.progress.step))
+    with parallel.autocast(run.precision, work.engine.device):           # shards come gathered in it
+        out = list(generate(model, prompt, max_new_tokens=min(most, run.length - len(prompt)), temperature=0.8, top_k=50,
+                            eos=eos if work.engine.world.size == 1 else None, seed=work.progress.step))
     work.model.train()
     out = out[: out.index(eos)] if eos in out else out   # processes compute together, so none may stop before another
     text = data.tokenizer.decode([*prompt, *out])

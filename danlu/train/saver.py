@@ -75,6 +75,9 @@ class Saver:
     def age(self) -> str:
         return duration(time.monotonic() - self.at) if self.at is not None else ""
 
+    def kept(self) -> str:
+        return self.last.name if self.last is not None else _("the beginning")
+
     def poll(self) -> None:
         """Tell of a save that failed.  Raises what it failed of if that is the loss of the other processes."""
         error = self.writer.poll()
@@ -114,8 +117,8 @@ def check_reload(run: Run, work: Work, data: Data, choice: paths.Choice) -> None
     work.model.eval()
     with torch.no_grad():
         before = engine.total(engine.sums(batch))
-        fresh = place(run.network, world, run.objective, precision=run.precision, length=run.length, rows=run.part_rows,
-                      adapt=run.adapt, device=adapted.first_device(run), table=adapted.table_of(run))
+        fresh = place(run.network, world, run.objective, precision=run.precision, compile=run.compile, length=run.length,
+                      rows=run.part_rows, adapt=run.adapt, device=adapted.first_device(run), table=adapted.table_of(run))
         if run.adapt is not None:
             first_weights(run, fresh)
         checkpoint.load(saver.last, fresh)

@@ -320,6 +320,9 @@ def resume(run: Run, work: Work, found: Path, data: Data) -> None:
     state = checkpoint.load(found, work.model, work.optimizer, ema=work.ema)
     known = {f.name for f in fields(Progress)}
     work.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
+    if (manifest["run"].get("metric"), manifest["run"].get("eval")) != tuple(config.dump(run).get(k) for k in ("metric", "eval")):
+        work.progress.best = work.progress.best_step = None          # figures of another kind, or of other rows
+        work.progress.waited = 0
     work.engine.micro = work.progress.micro or work.engine.micro
     work.progress.position = work.rows.restore(work.progress.position)
     work.guard = guard.Guard(max_skips=run.guard.max_skips, spike=run.guard.spike,

@@ -229,6 +229,8 @@ class Engine:
 
     def _add(self, parameters: Sequence[Tensor], axis: str) -> None:
         grads = [p.grad for p in parameters if p.grad is not None]
+        if not grads:                                    # all of them asleep, in every process
+            return
         flat = _flatten_dense_tensors(grads)
         torch.distributed.all_reduce(flat, group=self.world.group(axis))
         for grad, whole in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):

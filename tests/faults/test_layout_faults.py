@@ -112,9 +112,18 @@ class Started:
         end = time.monotonic() + patience
         while not (value := happens()):
             assert self.process.poll() is None, f"ended before, with {self.process.returncode}: {self.err}"
-            assert time.monotonic() < end, self.err
+            assert time.monotonic() < end, f"{self.err}\n{self.busy()}"
             time.sleep(0.01)
         return value
+
+    def busy(self) -> str:
+        """Of each process its age, the seconds it has computed and what it waits for: whether it is slow or stands still."""
+        lines, since_boot = [], float(Path("/proc/uptime").read_text().split()[0])
+        for pid in living(self.out):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            age, computed = since_boot - int(fields[19]) / 100, (int(fields[11]) + int(fields[12])) / 100
+            lines.append(f"{pid}: {age:.0f} s old, has computed {computed:.1f} s, {Path(f'/proc/{pid}/wchan').read_text()}")
+        return "\n".join([*lines, f"load {Path('/proc/loadavg').read_text()}"])
 
     def steps(self) -> list[dict[str, Any]]:
         return [line for line in told(self.out) if "step" in line]

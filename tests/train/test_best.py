@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ def test_the_best_is_by_the_metric_and_its_direction(
     kept = weights.load(out / f"checkpoint-{best}").state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in danlu.load(out).state_dict().items())
     assert f"checkpoint-{best + 3}" in [path.name for path in checkpoint.listing(out)]
+
+
+def test_another_metric_begins_its_own_best(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy was best at step 2; the run goes on by the loss, whose values are no worse for being smaller numbers."""
+    monkeypatch.setattr(run, "held_out", measuring([0.5, 0.6, 0.9, 0.8, 0.8], [9.0, 8.0, 7.0, 6.0, 5.0]))
+    run.train(recipe(rows, tmp_path / "run", metric="accuracy", steps=4))
+    monkeypatch.setattr(run, "held_out", measuring([0.8] * 3, [4.0, 5.0, 6.0]))
+    run.train(recipe(rows, tmp_path / "run", metric="loss", steps=6, every={"log": 1, "evaluate": 1, "keep": 9}))
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["best_metric"]) == (5, 4.0)
 
 
 def test_a_smaller_gain_than_min_delta_is_none(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,6 @@ def test_a_good_step_in_between_starts_the_count_anew() -> None:
         assert watch.allow(2.0, 1.0, step=1)
 
 
-def test_an_overflow_under_a_loss_scaler_is_not_counted() -> None:
-    watch = filled()
-    assert all(not watch.allow(2.0, math.inf, step=1, scaler=True) for _turn in range(10)) and watch.skipped == 0
-
-
 def test_a_spike_stays_out_of_the_history_and_the_history_travels() -> None:
     watch = filled()
     assert not watch.allow(100.0, 1.0, step=1)
@@ -72,6 +67,18 @@ def test_a_batch_without_a_token_to_learn_stops() -> None:
     guard.check_counts(torch.tensor([1.0, 0.0]), step=0)
     with pytest.raises(DataError):
         guard.check_counts(torch.tensor([0.0]), step=0)
+
+
+def test_overflows_of_fp16_are_counted_and_end_where_no_scale_can_help() -> None:
+    watch = filled()
+    for turn in range(guard.OVERFLOWS):
+        assert not watch.allow(2.0, math.inf, step=turn, scaler=True)
+    assert watch.skipped == guard.OVERFLOWS and watch.in_a_row == 0
+    with pytest.raises(NumericError, match="no loss scale is low enough"):
+        watch.allow(2.0, math.inf, step=99, scaler=True)
+    watch = filled()
+    assert not watch.allow(2.0, math.inf, step=1, scaler=True) and watch.allow(2.0, 1.0, step=2, scaler=True)
+    assert watch.overflows == 0 and watch.skipped == 1
 
 
 def test_a_rate_that_never_leaves_zero_is_refused() -> None:

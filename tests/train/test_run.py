@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,6 +145,43 @@ def test_patience_ends_a_run_and_the_best_checkpoint_stays(corpus: Path, tmp_pat
     best = min(measured, key=lambda step: measured[step])
     assert max(measured) < 200 and list(measured)[-1] == best + 6
     assert best == 0 or (out / f"checkpoint-{best}").is_dir()
+    weights, before = checkpoint.listing(out)[-1] / "model.safetensors", lines(out)
+    digest = weights.read_bytes()
+    train(config.validate(Run, yaml.safe_load((out / "recipe.yaml").read_text())))
+    assert lines(out) == before and weights.read_bytes() == digest, "the same command again: patience has ended"
+
+
+def test_a_run_that_begins_again_from_checkpoint_0_has_step_0_once(corpus: Path, tmp_path: Path) -> None:
+    run = recipe(corpus, tmp_path / "run", steps=6, every={"log": 1, "evaluate": 3, "save": 6, "keep": 9})
+    train(run)
+    for folder in checkpoint.listing(run.out)[1:]:
+        shutil.rmtree(folder)
+    before = lines(run.out)
+    train(run)
+    assert [line["step"] for line in lines(run.out)] == [line["step"] for line in before]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_in_bf16_reloads_to_the_same_loss(corpus: Path, tmp_path: Path) -> None:
+    train(recipe(corpus, tmp_path / "run", compile=True, precision="bf16", steps=2, every={"log": 1},
+                 model={"kind": "decoder", "preset": "gpt2", "width": 64, "layers": 4, "heads": 2, "context": 64}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_averages_and_samples_leave_sharded_weights_alone(corpus: Path, tmp_path: Path) -> None:
+    """What is looked at between two steps changes neither, however the weights are cut; and a sample in bf16 is written."""
+    file, told = tmp_path / "run.yaml", {}
+    given = recipe(corpus, tmp_path, ema=0.5, steps=6, every={"log": 1, "evaluate": 2, "sample": 3, "save": 100})
+    file.write_text(yaml.safe_dump(config.dump(given)))
+    for name, words in {"none": [], "grads": ["layout.shard=grads"], "full": ["layout.shard=full", "precision=bf16"]}.items():
+        out = tmp_path / name
+        subprocess.run([sys.executable, "-m", "danlu", "train", str(file), f"out={out}", "layout.dp=2", *words], check=True,
+                       capture_output=True, timeout=200)
+        assert (out / "samples.jsonl").read_text()
+        told[name] = [line["train/loss"] for line in lines(out) if "train/loss" in line]
+    assert told["grads"] == pytest.approx(told["none"], rel=1e-5)
+    assert told["full"] == pytest.approx(told["none"], rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", [
