@@ -24,6 +24,7 @@ from torch import Tensor
 
 from danlu import files, tensorfile
 from danlu.adapt import Adapter, Adapters, peft
+from danlu.adapt.layers import LoRAEmbedding
 from danlu.adapt.lora import LoRA
 from danlu.adapt.pack import pack
 from danlu.adapt.qat import QAT
@@ -209,6 +210,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
             trained.merge(whole)
         return whole
     opened = describe(folder)
+    if merged:
+        check_merges(opened, folder)
     model, stored = build(opened.cfg), tensors(opened)
     opened.adapt.apply(model)
     state = {**base_state(opened.cfg, opened.base, beside=stored), **stored}
@@ -217,8 +220,31 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         state = {name: t for name, t in state.items() if name not in packed}
     model.load_state_dict({name: t.to(device, dtype).contiguous() for name, t in state.items()}, strict=True, assign=True)
     if merged:
+        untied(model)
         opened.adapt.merge(model)
     return model
+
+
+def check_merges(opened: Opened, where: str | Path) -> None:
+    """Raise ConfigError for an adapter that is no part of weights."""
+    if not opened.adapt.merges:
+        raise ConfigError(_("the adapter {kind} is no part of any weight and cannot be merged").format(kind=opened.adapt.kind),
+                          where=str(where), fix=_("use it as it is: eval and generate open it"))
+
+
+def untied(model: Any) -> Config:
+    """Return the config of `model` merged.  An adapted token embedding and the head that read its base part ways."""
+    cfg: Config = model.cfg
+    if cfg.kind == "foreign" or not isinstance(model.embed, LoRAEmbedding) or not cfg.tied:
+        return cfg
+    if not isinstance(cfg, Decoder):
+        raise ConfigError(_("the head reads the base's token embedding, and an encoder's folder has no word for two of them"),
+                          where="adapt.target", fix=_("use it as it is: eval opens it"))
+    cfg = cfg.model_copy(update={"tied": False})
+    model.head = torch.nn.Linear(cfg.width, cfg.vocab or 0, bias=False)
+    model.head.weight = torch.nn.Parameter(model.embed.weight.detach().clone())
+    model.cfg = cfg
+    return cfg
 
 
 def base_state(cfg: Config, base: Path, *, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:

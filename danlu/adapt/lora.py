@@ -124,7 +124,7 @@ class LoRA(Model):
     def merge(self, model: Any) -> None:
         """Put the adapter into the weights of `model` (whole, plain), which is then a base model again.
 
-        A token embedding that the head reads, too, must be two tensors by then (`merge.untied`).
+        A token embedding that the head reads, too, must be two tensors by then (`folder.untied`).
         """
         for module in list(model.modules()):
             if isinstance(module, LoRALinear | LoRAEmbedding):

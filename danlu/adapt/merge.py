@@ -14,11 +14,9 @@ from torch import Tensor
 
 from danlu import files
 from danlu.adapt import folder as adapters
-from danlu.adapt.layers import LoRAEmbedding
 from danlu.errors import ConfigError, NumericError
 from danlu.models import weights
 from danlu.models.build import Config, build
-from danlu.models.decoder import Decoder
 from danlu.words import _
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,16 +54,14 @@ def merge(source: Path, out: Path, *, dtype: str | None = None, rows: Tensor | N
         raise ConfigError(_("there is no adapter to merge"), where=str(source),
                           fix=_("give a run with `adapt`, its checkpoint, or a folder of PEFT's"))
     opened = adapters.describe(source)
-    if not opened.adapt.merges:
-        raise ConfigError(_("the adapter {kind} is no part of any weight and cannot be merged").format(kind=opened.adapt.kind),
-                          where=str(source), fix=_("use it as it is: eval and generate open it"))
+    adapters.check_merges(opened, source)
     if out.exists():
         raise ConfigError(_("the folder exists already"), where=str(out), fix=_("choose another name, or remove it"))
     dtype = dtype or _dtype_of(opened.base)
     given = _ids(opened.cfg) if rows is None else rows
     model: Any = adapters.load(source).eval()
     before = _said(model, given)
-    cfg = untied(model)
+    cfg = adapters.untied(model)
     opened.adapt.merge(model)
     tokenizer = source if (source / "tokenizer.json").is_file() else opened.base
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,21 +77,6 @@ def merge(source: Path, out: Path, *, dtype: str | None = None, rows: Tensor | N
                   "likeliest are the same").format(found=found.difference, allowed=allowed, agreement=found.agreement),
                 where=str(source), fix=_("merge with --dtype fp32, or keep the adapter apart"))
     return found
-
-
-def untied(model: Any) -> Config:
-    """Return the config of `model` merged.  An adapted token embedding and the head that read its base part ways."""
-    cfg: Config = model.cfg
-    if cfg.kind == "foreign" or not isinstance(model.embed, LoRAEmbedding) or not cfg.tied:
-        return cfg
-    if not isinstance(cfg, Decoder):
-        raise ConfigError(_("the head reads the base's token embedding, and an encoder's folder has no word for two of them"),
-                          where="adapt.target", fix=_("use it as it is: eval opens it"))
-    cfg = cfg.model_copy(update={"tied": False})
-    model.head = torch.nn.Linear(cfg.width, cfg.vocab or 0, bias=False)
-    model.head.weight = torch.nn.Parameter(model.embed.weight.detach().clone())
-    model.cfg = cfg
-    return cfg
 
 
 def _dtype_of(base: Path) -> str:

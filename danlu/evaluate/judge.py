@@ -191,21 +191,22 @@ def answered(objective: Answer, found: Arrays, texts: Sequence[Text]) -> list[di
     said is "" where there may be no answer and that scores higher by more than the threshold.
     """
     _check(found, texts)
-    has = [bool(text["answers"]) for text in texts]
-    may_be_empty = objective.may_be_empty or (any(has) and not all(has))
     order = np.argsort(found["example"], kind="stable")
     borders = np.searchsorted(found["example"][order], np.arange(1, len(texts)))
-    return [read_off(objective, best, text, may_be_empty=may_be_empty)
-            for best, text in zip(np.split(found["said"][order], borders), texts, strict=True)]
+    none = sum(not text["answers"] for text in texts)
+    if none and not objective.may_be_empty:
+        say(_("{n} questions have no answer in their context, and the model always gives one: objective.may_be_empty is false "
+              "in its run").format(n=none))
+    return [read_off(objective, best, text) for best, text in zip(np.split(found["said"][order], borders), texts, strict=True)]
 
 
-def read_off(objective: Answer, best: np.ndarray, text: Text, *, may_be_empty: bool) -> dict[str, Any]:
+def read_off(objective: Answer, best: np.ndarray, text: Text) -> dict[str, Any]:
     """Return {"said", "score", "null"} of a question; best [windows, 4]: what `best_spans` gave for each."""
     score, start, stop, _none = best[best[:, 0].argmax()]
     none = best[:, 3].min()                              # of the window that is least sure that there is none
     spans = text["spans"]
     said = text["context"][spans[2 * int(start)] : spans[2 * int(stop) + 1]].strip()
-    if may_be_empty and none - score > objective.null_threshold:
+    if objective.may_be_empty and none - score > objective.null_threshold:
         said = ""
     return {"said": said, "score": float(score), "null": float(none)}
 

@@ -93,7 +93,7 @@ def _answer(objective: Answer, said: Sequence[Said], line: Line, *, top: int = 0
     """score, null_score: the logits of the best answer, its first and last token together, and of no answer."""
     assert line.kept is not None
     best = np.stack([judge.span_of(objective, logits, row) for logits, row in zip(said, line.rows, strict=True)])
-    found = judge.read_off(objective, best, line.kept, may_be_empty=objective.may_be_empty)
+    found = judge.read_off(objective, best, line.kept)
     return {"predicted": found["said"], "score": found["score"], "null_score": found["null"]}
 
 

@@ -21,7 +21,7 @@ from danlu.compress.quantize import Quantize, quantize
 from danlu.compress.rows import Rows
 from danlu.config import Model
 from danlu.errors import ConfigError
-from danlu.evaluate import rows
+from danlu.evaluate import rows, written
 from danlu.evaluate import run as on_text
 from danlu.evaluate.interval import Estimate
 from danlu.evaluate.metrics import HIGHER
@@ -156,8 +156,9 @@ def judged(subject: Subject, data: str, how: rows.How) -> tuple[str, Estimate]:
     if subject.cfg.tasks:
         figures = rows.judged_on(rows.task_of(subject, how, device), data, how, lambda line: None).judged.figures
         return next((name, figure) for name, figure in figures.items() if not name.startswith(ONE_SIDED))
-    found, _place = on_text.on_text(subject, data, split=how.split, sample_by="line", text=how.names.get("text", "text"),
-                                    encoding=how.encoding, length=how.length, precision=how.precision, device=device)[0]
+    found = written.of_answers(subject, data, how, device) or on_text.on_text(
+        subject, data, split=how.split, sample_by="line", text=how.names.get("text", "text"), encoding=how.encoding,
+        length=how.length, precision=how.precision, device=device)[0][0]
     figures = found.tally.estimates()
     name = "perplexity" if "perplexity" in figures else next(iter(figures))
     return name, figures[name]

@@ -23,9 +23,13 @@ from danlu.decode import Sampling
 from danlu.decode.many import answers as write_answers
 from danlu.errors import ConfigError, DataError
 from danlu.evaluate import metrics, text
+from danlu.evaluate import run as on_text
 from danlu.evaluate.interval import Estimate, estimate
+from danlu.evaluate.lines import named, source
 from danlu.evaluate.metrics import Judged
 from danlu.evaluate.record import whole
+from danlu.evaluate.rows import How
+from danlu.evaluate.run import Result
 from danlu.evaluate.score import Document
 from danlu.evaluate.subject import Subject
 from danlu.generate import endings, writes
@@ -75,6 +79,20 @@ def template_of(subject: Subject) -> chat.Template:
     given = subject.run.chat.template if subject.run is not None else None
     kept = (subject.folder / "chat_template.jinja").is_file()            # with the weights, and so what they were trained with
     return chat.Template.load(subject.tokenizer, subject.folder if kept or given is None else given)
+
+
+def of_answers(subject: Subject, data: str, how: How, device: torch.device, *, asked: bool = False) -> Result | None:
+    """Return loss and perplexity of the answers in rows of conversations; None where `data` is plain text or prepared.
+
+    asked: that they are conversations is known.
+    """
+    if on_text.is_prepared(data) or not subject.cfg.causal:
+        return None
+    item = source(data, next(iter(subject.sources()), None), format=how.format, encoding=how.encoding, split=how.split)
+    if not asked and not answers(item, how.names):
+        return None
+    return on_text.evaluate(subject, documents(subject, item, how.names), task=named(data), length=how.length,
+                            precision=how.precision, device=device)
 
 
 def documents(subject: Subject, item: Input, names: Mapping[str, str]) -> Iterator[Document]:

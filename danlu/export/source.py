@@ -9,7 +9,6 @@ import torch
 
 from danlu import files
 from danlu.adapt import folder as adapters
-from danlu.adapt.merge import untied
 from danlu.data import chat
 from danlu.errors import ConfigError
 from danlu.evaluate.subject import Subject
@@ -36,7 +35,7 @@ def merged(subject: Subject) -> Any:
         if not adapt.merges:
             raise ConfigError(_("the adapter {kind} is no part of any weight and cannot be merged").format(kind=adapt.kind),
                               where=str(subject.folder), fix="--to peft")
-        untied(model)
+        adapters.untied(model)
         adapt.merge(model)
     return model.eval()
 

@@ -40,7 +40,7 @@ class Answer(Model):
     stride: int = Field(128, ge=0, description="Tokens that neighbouring windows of a long context share; at most half a row.")
     max_answer_tokens: int = Field(30, ge=1, description="Longest answer that is looked for.")
     may_be_empty: bool = Field(False, description="Whether a question to be answered may have no answer in its context; so it is "
-                               "where some of the rows that are judged have one and some have none.")
+                               "where some of the rows that a run is given have none.")
     null_threshold: float = Field(0.0, allow_inf_nan=False, description="How far no answer must score above the best answer to "
                                   "be given, where there may be none.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 DETAILS = ("precision", "recall", "_micro", "_weighted")                     # figures that the file has and the table has not
 Measure = Callable[[Any], Loss]                          # an Old to its figures
-Figures = dict[str, dict[str, float]]                    # name of a part -> figure -> value
+Figures = dict[str, dict[str, float | None]]             # name of a part -> figure -> value, None where there is none
 
 
 def before(run: Run, work: Work, data: Data, measure: Measure) -> None:
@@ -68,11 +69,11 @@ def _figures(data: Data, measure: Measure) -> Figures:
     made: Figures = {}
     for old in data.old:
         name = old.name if old.name not in made else f"{old.name} {len(made) + 1}"
-        made[name] = measure(old).values()
+        made[name] = {figure: value if math.isfinite(value) else None for figure, value in measure(old).values().items()}
     return made
 
 
-def show(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> None:
+def show(before: Mapping[str, Mapping[str, float | None]], after: Mapping[str, Mapping[str, float | None]]) -> None:
     """Print each figure before and after, and by how much it became worse."""
     table = Table(title=_("What the model could do before"), title_justify="left")
     for name in (_("data"), _("figure"), _("before"), _("after"), _("forgotten")):
@@ -82,6 +83,9 @@ def show(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[
             if any(word in figure for word in DETAILS):
                 continue
             then = before[name][figure]
+            if then is None or value is None:
+                table.add_row(name, figure, *("–" if one is None else f"{one:.4f}" for one in (then, value)), "–")
+                continue
             worse = then - value if higher(figure) else value - then
             table.add_row(name, figure, f"{then:.4f}", f"{value:.4f}", f"{worse:+.4f}")
     Console(stderr=True).print(table)

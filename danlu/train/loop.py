@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     waited: int = 0                                      # evaluations without improvement
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float | None] = field(default_factory=dict)        # None: no figure
     history: list[float] = field(default_factory=list)   # the guard's
     skipped: int = 0
     micro: int | None = None                             # micro-batches of a step since memory ran out
@@ -237,13 +238,16 @@ class Loop:
             return False
         values = measured.values("eval/")
         self.metrics.write(progress.step, values)
-        progress.evaluation = values
+        progress.evaluation = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         if plan.metric not in values:
             raise ConfigError(_("there is no metric {name}; there are {names}").format(
                 name=plan.metric, names=", ".join(values)), where="metric")
         if progress.step < plan.settled:
             return False
         value = values[plan.metric]
+        if not math.isfinite(value):                     # no figure: held-out rows of one class, of one score
+            progress.waited += 1
+            return self.impatient()
         sign = 1 if plan.higher else -1
         better = progress.best is None or sign * (value - progress.best) > plan.min_delta
         if better or (progress.best_step == 0 and value == progress.best):       # no better than untrained, but trained

@@ -27,6 +27,7 @@ from danlu.log import count, say
 from danlu.models import foreign_config, formed, weights
 from danlu.nn import paths, placed
 from danlu.objectives import Objectives
+from danlu.objectives.answer import Answer
 from danlu.objectives.tasks import Tasks
 from danlu.parallel import World
 from danlu.parallel.place import Placed, place
@@ -191,8 +192,19 @@ def settle(run: Run, data: Data, world: World, found: Path | None) -> tuple[Run,
 def met(objective: Objectives, data: Data) -> Objectives:
     """Return the objective, which knows the classes of the data now."""
     if isinstance(objective, Tasks):
-        return objective.met({task: classes(data, task) for task in objective.parts})
-    return objective.meet(*classes(data))
+        made = objective.met({task: classes(data, task) for task in objective.parts})
+        return made.model_copy(update={"parts": {task: part.model_copy(update={"objective": _may_be_empty(
+            part.objective, data, task)}) for task, part in made.parts.items()}})
+    return _may_be_empty(objective.meet(*classes(data)), data, None)
+
+
+def _may_be_empty(objective: Any, data: Data, task: str | None) -> Any:
+    """Return the objective, which may give no answer if some question of its data has none."""
+    if not isinstance(objective, Answer) or objective.may_be_empty:
+        return objective
+    given = [*zip(data.train, data.tasks, strict=True), *zip(data.held_out, data.held_tasks, strict=True)]
+    empty = any(not text["answers"] for shards, its in given if its == task for text in shards.texts())
+    return objective.model_copy(update={"may_be_empty": empty})
 
 
 def classes(data: Data, task: str | None = None) -> tuple[list[str], list[int]]:

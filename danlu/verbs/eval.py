@@ -83,13 +83,10 @@ def _of_answers(subject: Subject, data: str | None, how: rows.How, writing: writ
 def _of_text(subject: Subject, data: str | None, how: rows.How, device: torch.device, out: Path | None,  # noqa: PLR0917
              samples: Path | None, *, sample_by: str, text: str, task: str | None, as_json: bool) -> int:
     """Print loss and perplexity: of text, or of the answers in conversations."""
-    raw, like = data is not None and not on_text.is_prepared(data), next(iter(subject.sources()), None)
-    item = source(data, like, format=how.format, encoding=how.encoding, split=how.split) if raw and data is not None else None
-    chats = item is not None and subject.cfg.causal and (
-        task == "chat" or (task is None and written.answers(item, how.names)))
-    if chats and item is not None and data is not None:
-        found = [(on_text.evaluate(subject, written.documents(subject, item, how.names), task=named(data), length=how.length,
-                                   precision=how.precision, device=device), data)]
+    chats = None if data is None or task not in (None, "chat") else written.of_answers(
+        subject, data, how, device, asked=task == "chat")
+    if chats is not None and data is not None:
+        found = [(chats, data)]
     else:
         found = on_text.on_text(subject, data, split=how.split, sample_by=sample_by, text=text, encoding=how.encoding,
                                 length=how.length, precision=how.precision, device=device)

@@ -34,6 +34,14 @@ def test_transformers_says_of_the_merged_what_we_said_before(tmp_path: Path, fam
         torch.testing.assert_close(theirs(input_ids=ids()).logits, logits(model), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family, kind", MERGING)
+def test_opened_merged_it_says_the_same(tmp_path: Path, family: str, kind: str) -> None:
+    """As what is made smaller is opened: a head that read the embedding before it was adapted reads that still."""
+    _model, path = written(tmp_path, family, KINDS[kind])
+    merged, apart = (logits(folder.load(path, merged=way).eval()) for way in (True, False))
+    torch.testing.assert_close(merged, apart, atol=2e-5, rtol=1e-5)
+
+
 def test_rounded_once(tmp_path: Path) -> None:
     model, path = written(tmp_path, "llama", LoRA(rank=4))
     merge(path, tmp_path / "merged", dtype="bf16")
@@ -55,6 +63,8 @@ def test_what_is_no_part_of_a_weight_is_not_merged(tmp_path: Path, kind: str) ->
     _model, path = written(tmp_path, "gpt2", KINDS[kind])
     with pytest.raises(ConfigError, match="cannot be merged"):
         merge(path, tmp_path / "merged")
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        folder.load(path, merged=True)
     with pytest.raises(ConfigError, match="no adapter to merge"):
         merge(tmp_path / "base", tmp_path / "merged")
 

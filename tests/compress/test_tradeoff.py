@@ -13,6 +13,7 @@ from danlu.compress import folder
 from danlu.errors import ConfigError
 from danlu.evaluate import tradeoff
 from danlu.evaluate.interval import Estimate
+from danlu.evaluate.rows import How
 from danlu.evaluate.subject import open_subject
 from danlu.evaluate.tradeoff import Measured, Target, Way
 
@@ -85,3 +86,12 @@ def test_a_decoder_is_measured_by_its_perplexity(tmp_path: Path, capsys: pytest.
     told = json.loads(seen.out)
     assert [way["figure"] for way in told["ways"]] == ["perplexity"] * 4 and "calibrated on rows of" in seen.err
     assert told["ways"][0]["way"] == "as it is"
+
+
+def test_conversations_are_judged_by_their_answers(tmp_path: Path) -> None:
+    start = decoder(tmp_path, [text for text, _label in texts(100, 3)])
+    rows = [{"messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": text}]}
+            for text, _label in texts(8, 4)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure, quality = tradeoff.judged(open_subject(start), str(tmp_path / "chats.jsonl"), How())
+    assert figure == "perplexity" and quality.value > 1

@@ -92,7 +92,7 @@ def test_the_best_answer_of_all_windows_counts(tokenizer: Tokenizer) -> None:
     rows, texts = rows_of(contents, Encoder(tokenizer, 32, "error", stride=8))
     assert len(rows) > 6
     for null, threshold, right in ((5.0, 0.0, 1.0), (5.0, -1e3, 1 / 3), (30.0, 0.0, 1 / 3), (30.0, 25.0, 1.0)):
-        objective = Answer(null_threshold=threshold)
+        objective = Answer(null_threshold=threshold, may_be_empty=True)
         said = Said(objective, 32)
         said.begin(texts)
         for batch in batches(objective, rows, tokenizer):
@@ -108,6 +108,8 @@ def test_the_best_answer_of_all_windows_counts(tokenizer: Tokenizer) -> None:
         assert found.figures["exact_match"].value == pytest.approx(right), (null, threshold)
     told = answered(Answer(), real(said.arrays()), [*said.texts[:2], {**said.texts[2], "answers": ["x"]}])
     assert [one["said"] for one in told[:2]] == ["Paris", "boris"]
+    told = answered(Answer(null_threshold=-1e3), real(said.arrays()), said.texts)
+    assert all(one["said"] for one in told), "what `predict` says, too: a model that may not be silent"
 
 
 def test_rows_without_their_texts_are_not_judged() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,19 @@ def test_another_metric_begins_its_own_best(rows: Path, tmp_path: Path, monkeypa
     run.train(recipe(rows, tmp_path / "run", metric="loss", steps=6, every={"log": 1, "evaluate": 1, "keep": 9}))
     state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
     assert (state["best_global_step"], state["best_metric"]) == (5, 4.0)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_a_figure_that_is_none_costs_no_checkpoint(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   metric: str) -> None:
+    """As AUC of held-out rows of one class: there is no such number, and no best one."""
+    monkeypatch.setattr(run, "held_out", measuring([math.nan, math.nan, 0.4, 0.3], [1.0, 0.9, 0.8, 0.7]))
+    run.train(recipe(rows, tmp_path / "run", metric=metric, steps=3,
+                     every={"log": 1, "evaluate": 1, "save": 1, "keep": 9}))
+    states = [json.loads((tmp_path / "run" / f"checkpoint-{n}" / "trainer_state.json").read_text()) for n in (1, 2, 3)]
+    assert [state["progress"]["evaluation"]["eval/accuracy"] for state in states[:2]] == [None, 0.4]
+    assert states[2]["best_global_step"] == (3 if metric == "loss" else 2)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["eval/accuracy"] == 0.3
 
 
 def test_a_smaller_gain_than_min_delta_is_none(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

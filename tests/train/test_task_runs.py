@@ -44,6 +44,21 @@ def test_a_task_trains_and_is_judged(kind: str, tmp_path: Path) -> None:
     assert figures[f"{FIGURES[kind]},none"] == pytest.approx(best, abs=1e-6)
 
 
+def test_questions_without_an_answer_are_left_so(tmp_path: Path) -> None:
+    """What is judged is what is said: by the training's figures, its samples and `danlu predict` alike."""
+    run = recipe("answer", tmp_path, metric="f1", every={"log": 1, "evaluate": 50}, steps=150)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        row |= {"question": "why ?", "answers": {"text": [], "answer_start": []}}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(taken_in(run))
+    told = [json.loads(line) for line in (run.out / "predictions.jsonl").read_text().splitlines()]
+    (figures,) = json.loads((run.out / "eval_results.json").read_text())["results"].values()
+    right = sum(one["predicted"] == "" for one in told if not one["label"]) / sum(not one["label"] for one in told)
+    assert figures["no_answer_exact_match,none"] == pytest.approx(right) and right > 0
+    assert json.loads((run.out / "run.json").read_text())["run"]["objective"]["may_be_empty"] is True
+
+
 def test_a_length_that_the_start_cannot_read_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     first = taken_in(recipe("tag", tmp_path, steps=2))
     last_one = train(first)
