@@ -10,10 +10,12 @@ from pydantic import Field
 
 from danlu.adapt.layers import ScaledLinear
 from danlu.adapt.lora import Kept, Start, Target
-from danlu.adapt.targets import chosen, freeze, matches, theirs
+from danlu.adapt.targets import chosen, freeze, matches, sites, theirs
 from danlu.config import Model
+from danlu.errors import ConfigError
 from danlu.layout import Layout
 from danlu.nn import placed
+from danlu.words import _
 
 
 class IA3(Model):
@@ -28,11 +30,19 @@ class IA3(Model):
     start: Start = None
 
     def apply(self, model: Any) -> None:
-        """Freeze `model` (whole) and let its layers scale, in place."""
+        """Freeze `model` (whole) and let its layers scale, in place.  Raises ConfigError for a target that cannot be."""
         freeze(model, self.modules_to_save)
-        named = theirs(model.cfg)
-        for name, module in chosen(model, self.target, embeddings=False):
-            ScaledLinear.of(module, inputs=any(matches(pattern, name, named.get(name, "")) for pattern in self.feedforward))
+        named, found = theirs(model.cfg), chosen(model, self.target, embeddings=False)
+        inputs = {name for name, _module in found
+                  if any(matches(pattern, name, named.get(name, "")) for pattern in self.feedforward)}
+        for site in sites(model.cfg):
+            if len(site.ours) > 1 and (here := inputs & set(site.ours)):
+                raise ConfigError(
+                    _("the inputs of {names} cannot be scaled: in the Hugging Face layout they are a part of one matrix, {theirs}"
+                      ).format(names=", ".join(sorted(o.rsplit(".", 1)[-1] for o in here)), theirs=site.theirs),
+                    where="adapt.feedforward", fix=_("leave them out of adapt.feedforward: their outputs are scaled then"))
+        for name, module in found:
+            ScaledLinear.of(module, inputs=name in inputs)
 
     def begin(self, model: Any, seed: int) -> None:
         """Fill in what `apply` added: ones."""

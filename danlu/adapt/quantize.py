@@ -6,8 +6,8 @@ I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,26 @@ def require() -> Any:
     return bnb
 
 
-class Packed(NamedTuple):
-    """A matrix [O, I] in few bits; what it stands for is `dense`."""
+class Packed(nn.Module):
+    """A matrix [O, I] in few bits; what it stands for is `dense`.  A module, to go along with its layer, but without buffers:
+    it belongs to the base and into no checkpoint of an adapter.
+    """
 
-    kind: Bits
-    data: Tensor
-    state: Any                          # bitsandbytes' own: scales of blocks, or of rows
-    shape: torch.Size
+    def __init__(self, kind: Bits, data: Tensor, state: Any, shape: torch.Size) -> None:
+        super().__init__()
+        self.kind, self.data, self.shape = kind, data, shape
+        self.state = state              # bitsandbytes' own: scales of blocks, or of rows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Go where `fn` takes a layer's weights.  What its numbers are of stays: they are no weights of the model's type."""
+        device = fn(torch.empty(0, device=self.data.device)).device
+        if device != self.data.device:
+            self.data = self.data.to(device)
+            if isinstance(self.state, Tensor):
+                self.state = self.state.to(device)
+            else:
+                self.state.to(device)                    # in place, unlike a tensor
+        return super()._apply(fn, recurse)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix [O, I]."""
@@ -111,6 +124,6 @@ def pack_all(model: Any, state: Mapping[str, Tensor], kind: Bits, device: str | 
                 module.register_parameter("weight", None)
                 if type(module) is nn.Linear:
                     module.__class__ = PackedLinear
-                module.__dict__["packed"] = packed
+                module.packed = packed                   # type: ignore[assignment]
                 done.add(f"{name}.weight")
     return done

@@ -19,6 +19,8 @@ class Switch:
 
     def __init__(self, base: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.base, self.device, self.dtype = Path(base), torch.device(device), dtype
+        if (self.base / weights.PACKED).is_file():       # adapters lie on whole weights
+            weights.read_tensors(self.base)
         plain = weights.load(self.base, device=device, dtype=dtype).eval()
         self.state: dict[str, Tensor] = dict(plain.state_dict())
         self.models: dict[str | None, Network] = {None: plain}

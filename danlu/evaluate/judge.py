@@ -92,8 +92,7 @@ Read = dict[str, tuple[Tensor, bool]]                    # columns of a batch, a
 
 
 def _read_rows(objective: Classify | Regress, said: Tensor, batch: Batch) -> Read:
-    counts = batch["label_weights"].reshape(len(said), -1).amax(1)
-    return {"said": (said.double(), False), "truth": (batch["label"].double(), False), "counts": (counts, False)}
+    return {"said": (said.double(), False), "truth": (batch["label"].double(), False), "counts": (batch["row_weights"], False)}
 
 
 def _read_tags(objective: Tag, said: Tensor, batch: Batch) -> Read:

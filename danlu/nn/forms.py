@@ -79,6 +79,9 @@ class Int8(Model):
         """Return what computes x·Wᵀ [M, O] of x [M, I] on packed weights, or None where there is nothing."""
         codes, scales = parts["codes"], parts["scales"]
         if self.activations:
+            if codes.device.type != "cpu" and (len(codes) % 8 or columns % 8):      # torch._int_mm refuses them
+                return None
+
             def whole_numbers(x: Tensor) -> Tensor:
                 peaks = x.abs().amax(1, keepdim=True).float().clamp_(min=1e-30) / 127
                 small = (x / peaks).round_().to(torch.int8)

@@ -86,8 +86,9 @@ def multiplied(x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
     """Return x·Wᵀ + b [..., O] of x [..., I] and a packed W [O, I]: by a kernel where one is faster and nothing learns."""
     learns = torch.is_grad_enabled() and x.requires_grad
     rows = x.numel() // x.shape[-1]
-    always = isinstance(layer.form, Int8) and layer.form.activations and (x.device.type == "cpu" or rows > FEW)
-    kernel = _kernel(layer) if not learns and (always or rows <= FEW) and rows else None
+    whole_numbers = isinstance(layer.form, Int8) and layer.form.activations
+    able = (x.device.type == "cpu" or rows > FEW) if whole_numbers else rows <= FEW    # torch._int_mm on a GPU refuses 16 rows
+    kernel = _kernel(layer) if not learns and able and rows else None
     kind = working_dtype(x)
     if kernel is None:
         return F.linear(x.to(kind), layer.weight.to(kind), None if bias is None else bias.to(kind))

@@ -69,14 +69,16 @@ class Classify(Model):
         return length, 0, 0
 
     def collate(self, rows: Sequence[Row], vocab: Special, rng: Rng, length: int) -> Batch:
-        """Return ids, types [B, T], ends [B], label [B] or [B, K], label_weights [B] or [B, K] (and positions, segments)."""
+        """Return ids, types [B, T], ends [B], label [B] or [B, K], label_weights [B] or [B, K], row_weights [B] (and positions,
+        segments).
+        """
         label = np.stack([row["label"] for row in rows])
         weights = self._weights()
         if self.several:
             columns = {"label": label.astype(np.float32), "label_weights": np.broadcast_to(weights, label.shape).copy()}
         else:
             columns = {"label": label.astype(np.int64), "label_weights": weights[label]}
-        return to_batch(rectangle(rows, vocab, length) | columns)
+        return to_batch(rectangle(rows, vocab, length) | columns | {"row_weights": np.ones(len(rows), np.float32)})
 
     def _weights(self) -> np.ndarray:
         assert isinstance(self.class_weights, dict) or self.class_weights == "none", "the data is met before batches are made"
@@ -135,9 +137,10 @@ class Regress(Model):
         return length, 0, 0
 
     def collate(self, rows: Sequence[Row], vocab: Special, rng: Rng, length: int) -> Batch:
-        """Return ids, types [B, T], ends, label, label_weights [B] (and positions, segments)."""
+        """Return ids, types [B, T], ends, label, label_weights, row_weights [B] (and positions, segments)."""
         label = np.array([row["label"] for row in rows], np.float32)
-        return to_batch(rectangle(rows, vocab, length) | {"label": label, "label_weights": np.ones(len(rows), np.float32)})
+        columns = {"label": label, "label_weights": np.ones(len(rows), np.float32), "row_weights": np.ones(len(rows), np.float32)}
+        return to_batch(rectangle(rows, vocab, length) | columns)
 
     def enrich(self, batch: Batch, frozen: Mapping[str, Any]) -> Batch:
         return batch

@@ -20,6 +20,8 @@ from danlu.decode.schema import Grammar
 from danlu.errors import ConfigError, DataError
 from danlu.generate import Writer, generate, text, writes
 from danlu.models.decoder import DecoderModel
+from danlu.nn import packed
+from danlu.nn.forms import Low
 from danlu.train import checkpoint
 from danlu.words import _
 
@@ -81,6 +83,10 @@ def _opened(run: Path, precision: str) -> tuple[Tokenizer, Writer]:
         raise ConfigError(_("an encoder does not write; give a decoder"), where=str(run))
     if precision == "fp32":
         return tokenizer, model.eval()
+    # thin matrices that are whole become others like any; rounded ones have types of their own
+    if any(not isinstance(form, Low) or form.rounded is not None for _name, form in packed.forms(model)):
+        raise ConfigError(_("--precision is for whole weights; these are in fewer bits, and are written with as they are"),
+                          where=str(run), fix=_("leave the precision as it is"))
     if isinstance(model, DecoderModel) and device.type == "cpu":
         return tokenizer, pack(model, bits=8 if precision == "int8" else 16)
     if precision == "int8":

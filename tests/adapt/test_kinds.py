@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapt.tiny import KINDS, LOOKED_AT, MODELS, adapted, base, ids, logits, shake
 
-from danlu.adapt import QAT, Adapter, LoRA
+from danlu.adapt import IA3, QAT, Adapter, LoRA
 from danlu.adapt.layers import LoRALinear
 from danlu.adapt.targets import kept
 from danlu.errors import ConfigError
@@ -175,3 +175,13 @@ def test_what_is_frozen_costs_no_backward_pass(family: str) -> None:
     out.sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         f"blocks.1.attention.v.lora_{part}" for part in "ab"}
+
+
+@pytest.mark.parametrize("target", [("c_attn",), ("k", "v", "down")])
+def test_ia3_scales_no_inputs_of_a_part_of_a_fused_matrix(target: tuple[str, ...]) -> None:
+    adapt = IA3(target=target, feedforward=target)
+    with pytest.raises(ConfigError, match=r"inputs of k, .*v cannot be scaled.*c_attn"):
+        adapt.apply(base(MODELS["gpt2"]))
+    IA3(target=("c_attn", "down")).apply(base(MODELS["gpt2"]))
+    if "k" in target:
+        adapt.apply(base(MODELS["llama"]))

@@ -18,6 +18,8 @@ from danlu.adapt.merge import merge
 from danlu.adapt.switch import Switch
 from danlu.errors import ConfigError, IncompatibleError, NumericError
 from danlu.models import weights
+from danlu.nn import packed
+from danlu.nn.forms import Int8
 
 MERGING = [pytest.param(family, kind, id=f"{family} {kind}") for family in MODELS for kind, adapt in KINDS.items()
            if adapt.merges and not (family == "llama" and kind == "bitfit") and not (family == "bert" and kind == "lora embed")]
@@ -125,3 +127,11 @@ def test_an_adapter_of_another_base_is_not_added(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError):
         Switch(tmp_path / "other").add("lora", path)
     assert folder.describe(path).base == (tmp_path / "base").resolve()
+
+
+def test_adapters_are_not_put_on_packed_weights(tmp_path: Path) -> None:
+    model = base(MODELS["llama"])
+    packed.become(model.embed, Int8(), Int8().pack(model.embed.weight.detach()))
+    weights.write_packed(tmp_path, model.cfg, model.state_dict(), table=packed.forms(model))
+    with pytest.raises(IncompatibleError, match="whole ones are needed"):
+        Switch(tmp_path)

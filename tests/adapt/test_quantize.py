@@ -113,3 +113,31 @@ def test_a_run_on_a_packed_base(corpus: Path, start: Path, tmp_path: Path, kind:
         torch.testing.assert_close(weights.load(tmp_path / "merged").eval()(ids())["logits"], model(ids())["logits"],
                                    atol=1e-4, rtol=1e-4)
     assert folder.describe(last).adapt == LoRA(rank=4, base=kind)
+
+
+@needed
+@pytest.mark.parametrize("adapt", [LoRA(rank=4), LoRA(rank=4, target=("q",))], ids=["all", "q"])
+@pytest.mark.parametrize("kind", BITS)
+def test_a_packed_matrix_goes_where_its_layer_goes_and_keeps_its_type(kind: Any, adapt: LoRA) -> None:
+    """To "meta", which moves as any other device does but for the numbers."""
+    model = build(MODELS["llama"], "cpu").init(0)
+    adapt.apply(model)
+    names = set(model.state_dict()) - quantize.pack_all(model, model.state_dict(), kind, "cpu")
+    assert set(model.state_dict()) == names
+    for layer in (model.blocks[0].attention.q, model.blocks[0].attention.k):
+        before, dense = tensors_of(layer.packed), layer.packed.dense()
+        layer.bfloat16()
+        assert [(t.dtype, t.data_ptr()) for t in tensors_of(layer.packed)] == [(t.dtype, t.data_ptr()) for t in before]
+        assert torch.equal(layer.packed.dense(), dense)
+    model.to("meta", torch.float16)
+    for layer in (model.blocks[0].attention.q, model.blocks[0].attention.k):
+        moved = tensors_of(layer.packed)
+        assert {t.device.type for t in moved} == {"meta"} and {t.dtype for t in moved} == {t.dtype for t in before}
+
+
+def tensors_of(packed: quantize.Packed) -> list[torch.Tensor]:
+    """What `packed` computes with."""
+    state = packed.state
+    if packed.kind == "int8":
+        return [packed.data, state]
+    return [packed.data, state.code, state.absmax, state.offset, state.state2.code, state.state2.absmax]

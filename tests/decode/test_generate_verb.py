@@ -8,11 +8,14 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
+import torch
 from tiny import made, tokenizer
 
 from danlu import cli
 from danlu.decode.pack import able
 from danlu.models import weights
+from danlu.nn import packed
+from danlu.nn.forms import Int8
 from danlu.verbs.generate import _prompts
 
 
@@ -84,3 +87,16 @@ def test_a_line_of_prompts_ends_at_its_end_alone(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one\u2028two\u0085three"}\n"four"\n', encoding="utf-8")
     assert list(_prompts(path)) == ["one\u2028two\u0085three", "four"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_weights_in_fewer_bits_are_written_with_as_they_are(precision: str, folder: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    model = made("gpt2")
+    for layer in [model.embed, *(m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear))]:
+        packed.become(layer, Int8(), Int8().pack(layer.weight.detach()))
+    weights.write_packed(tmp_path, model.cfg, model.state_dict(), table=packed.forms(model), tokenizer=folder / "tokenizer")
+    words = ["generate", str(tmp_path), "--prompt", "abc", "--max-new-tokens", "3"]
+    assert cli.main([*words, "--precision", precision]) == 2
+    assert "leave the precision as it is" in capsys.readouterr().err
+    assert cli.main(words) == 0
