@@ -76,8 +76,8 @@ def write(run: Path) -> Path:
                           fix=_("give the `out` folder of a training run"))
     record, lines = files.read_json(run / "run.json"), list(files.read_lines(run / "metrics.jsonl"))
     parts = [
-        heading(run, record, lines), charts(lines), evaluation(run, lines), confusions(run), mistakes(run), samples(run),
-        needed(run, record), origin(record), audit(record, lines), recipe(run)]
+        heading(run, record, lines), charts(lines), evaluation(run, lines, record.get("run", {}).get("metric") or "eval/loss"),
+        confusions(run), mistakes(run), samples(run), needed(run, record), origin(record), audit(record, lines), recipe(run)]
     files.write_text(run / "report.html", page(f"{run.resolve().name} · Danlu", "\n".join(parts)))
     return run / "report.html"
 
@@ -156,13 +156,17 @@ def drawn(figure: Any, style: str = "") -> str:
     return text.replace("<svg", f'<svg style="{style}"', 1) if style else text
 
 
-def evaluation(run: Path, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the held-out figures at the start and at the end, and those of `danlu eval` with their intervals."""
+def evaluation(run: Path, lines: Sequence[Mapping[str, Any]], metric: str = "eval/loss") -> str:
+    """Return the held-out figures at the start, where `metric` was best, and at the end; those of `danlu eval` with intervals."""
+    from danlu.evaluate import metrics  # scikit-learn
+
     measured = [line for line in lines if "eval/loss" in line]
     out = ""
     if measured:
         first, last = measured[0], measured[-1]
-        best = min(measured, key=lambda line: float(line["eval/loss"]))
+        sign = 1 if metrics.direction(metric) else -1
+        known = [line for line in measured if line.get(metric) is not None and math.isfinite(float(line[metric]))]
+        best = max(known or measured[-1:], key=lambda line: sign * float(line.get(metric) or 0.0))
         names = [name for name in last if name.startswith("eval/") and not name.endswith("_hex")]
         rows = [[name.removeprefix("eval/"), *(number(line.get(name)) for line in (first, best, last))]
                 for name in names]

@@ -92,6 +92,13 @@ def test_it_shows_everything_a_run_knows(run: Path, capsys: pytest.CaptureFixtur
     assert cells[cells.index("steps whose loss was not a number") + 1] == "1"
 
 
+def test_the_best_is_by_the_metric_of_the_recipe() -> None:
+    lines = [{"step": n, "eval/loss": loss, "eval/accuracy": accuracy, "eval/mse": error} for n, loss, accuracy, error in (
+        (0, 3.0, 0.25, 9.0), (10, 1.0, None, None), (20, 2.0, 0.75, 4.0), (30, 2.5, 0.5, 4.5))]
+    for metric, step in (("eval/loss", 10), ("eval/accuracy", 20), ("eval/mse", 20), ("eval/absent_loss", 30)):
+        assert f"step {step} (best)" in report.evaluation(Path("absent"), lines, metric), metric
+
+
 def test_nothing_in_it_runs_or_is_fetched(run: Path) -> None:
     source = report.write(run).read_text(encoding="utf-8")
     page = Page(source)

@@ -76,6 +76,8 @@ def direction(name: str) -> bool:
     Raises ConfigError for a name that no metric has.
     """
     bare = name.rsplit("/", 1)[-1].removeprefix("eval_")
+    if bare.endswith("loss"):
+        return False
     if bare not in HIGHER:
         near = difflib.get_close_matches(bare, HIGHER, 1, 0.5)
         known = _("one of {names}").format(names=", ".join(HIGHER))

@@ -12,14 +12,15 @@ LARGE = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "万": 1e4,
 TIMES = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0, "y": 31557600.0, "秒": 1.0, "分钟": 60.0,
          "小时": 3600.0, "天": 86400.0, "周": 604800.0}
 DAY = 86400.0
+MOST = 1e21                                              # of tokens, rows, parameters
 
 
 def number(text: str, *, where: str) -> float:
     """Return the number above 0 that '300B', '1.4T', '5e9', '5,000' or '3亿' means.  Raises ConfigError for anything else."""
     found = re.fullmatch(r"([0-9][0-9_,]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([KMBGTkmbgt万亿]?)", text.strip())
     value = float(re.sub("[_,]", "", found[1])) * LARGE[found[2].upper()] if found else 0.0
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(_("{text!r} is no number above 0").format(text=text), where=where,
+    if not 0 < value < MOST:
+        raise ConfigError(_("{text!r} is no number above 0 and below {most:g}").format(text=text, most=MOST), where=where,
                           fix=_("write it as 5000, 300B or 1.4T"))
     return value
 

@@ -6,6 +6,7 @@ import difflib
 from typing import Literal, NamedTuple
 
 from danlu.errors import ConfigError
+from danlu.planner import amounts
 from danlu.planner.hardware import Machine
 from danlu.planner.public import Public, flops, parameters, public
 from danlu.words import _
@@ -100,8 +101,12 @@ def task(name: str) -> str:
 
 def fits(size: float, method: Method, machine: Machine) -> bool:
     """Return whether a method's weights and optimizer fit; what is whole is cut over all devices, a quantized base is not."""
-    count = 1 if method == "qlora" else machine.count
-    return held(size, method) <= ROOM * count * max(0, machine.device.memory - machine.base)
+    return held(size, method) <= ROOM * room(machine, 1 if method == "qlora" else machine.count)
+
+
+def room(machine: Machine, count: int | None = None) -> int:
+    """Return the bytes that so many devices, by default all, have for tensors."""
+    return (machine.count if count is None else count) * max(0, machine.device.memory - machine.base)
 
 
 def case(*, name: str, rows: float | None, tokens: float | None, language: str, machine: Machine, size: float | None,
@@ -116,7 +121,16 @@ def case(*, name: str, rows: float | None, tokens: float | None, language: str, 
         raise ConfigError(_("how much text there is decides how large a model it can fill"), where="--tokens",
                           fix=_("give --tokens 1B, or --model-size 50M"))
     if name == "pretraining":
-        return made._replace(size=size if size is not None else max(1e5, (tokens or 0) / 20))
+        size = size if size is not None else max(1e5, (tokens or 0) / 20)
+        if not fits(size, "scratch", machine):
+            most = size * ROOM * room(machine) / held(size, "scratch")
+            raise ConfigError(
+                _("{size} parameters with gradients and optimizer are {need}; {count} × {device} have room for {most}").format(
+                    size=amounts.told(size), need=amounts.size(held(size, "scratch")), count=machine.count,
+                    device=machine.device.name, most=amounts.told(most)),
+                where="--hardware",
+                fix=_("give a larger machine, or --model-size {size} at most").format(size=amounts.told(most)))
+        return made._replace(size=size)
     if kind == "encoder" and size is None:
         chosen = public("bert-large" if quality == "best" and language == "en" else ENCODERS.get(language, "bert-base"))
         return made._replace(model=chosen, size=float(parameters(chosen.config)), method=method(made, parameters(chosen.config)))

@@ -56,7 +56,10 @@ def memory(run: Run, machine: Machine, rehearsal: Rehearsal, needs: dict[str, Ne
                 need = _of_stage(rehearsal, phase)
             else:
                 continue
-        disk = {"step": 0, "load": 0, "evaluate": 0}.get(phase, kept["checkpoint"] * (run.every.keep + 1))
+        best = bool(run.every.best and run.every.evaluate)           # it stays, too
+        written = kept["checkpoint"] * (run.every.keep + 1 + best)
+        written += kept["model"] * (phase in ("merge", "export"))
+        disk = {"step": 0, "load": 0, "evaluate": 0}.get(phase, written)
         found[phase] = Memory(_parts(run, machine, rehearsal, phase, need), rehearsal.largest.memory.host, disk)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _asked(found: Found) -> Iterator[str]:
     elif found.deadline is not None and best.seconds is not None and best.seconds > found.deadline:
         yield _("the deadline of {time} is missed: {steps:,} steps can be made until then, or take {count:,} such devices"
                 ).format(time=amounts.duration(found.deadline), steps=int(found.deadline / best.pace.step),
-            count=-(-int(best.run.layout.world * best.seconds) // int(found.deadline)))
+            count=math.ceil(best.run.layout.world * best.seconds / found.deadline))
     if found.budget is not None and best.seconds is not None:
         used = best.run.layout.world * best.seconds / 3600
         if hours is None:

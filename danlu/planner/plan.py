@@ -17,16 +17,20 @@ from danlu.planner import blocks
 from danlu.planner.clock import Time, Work, clock, cost
 from danlu.planner.hardware import Machine
 from danlu.planner.memory import Memory, memory, stored
-from danlu.planner.rows import batches_of, repeated
+from danlu.planner.rows import at_once, batches_of, repeated
 from danlu.rehearse import Rehearsal, rehearse, settled
 from danlu.rehearse.life import life
 from danlu.rehearse.rows import columns
 from danlu.train import setup
 from danlu.train.recipe import Run
-from danlu.train.run import AT_ONCE
 from danlu.words import _
 
 ROOM = 0.95                                              # share of a device's memory that a run may fill
+
+
+def roomier() -> str:
+    """Return what helps where the disk lacks room."""
+    return _("a smaller every.keep, every.best=false, or another `out`")
 
 
 class Shape(NamedTuple):
@@ -80,12 +84,12 @@ class Plan(NamedTuple):
 def shape(run: Run, vocab: int | None) -> Shape:
     """Return the run with what data and machine fill in.  vocab: ids of the tokenizer, where the data is not asked."""
     if vocab is not None:
-        known = settled(run, vocab)
-        if run.device == "auto" and not torch.cuda.is_available():
-            known = known.model_copy(update={"device": "cpu"})
+        if vocab < 1:
+            raise ConfigError(_("a vocabulary of {n} ids is none").format(n=vocab), where="--vocab")
+        on_cpu = run.device == "auto" and not torch.cuda.is_available()
+        known = settled(run.model_copy(update={"device": "cpu"}) if on_cpu else run, vocab)
         batch = repeated(columns(known), max(1, known.step_rows // known.layout.dp))
-        most = repeated(batch, max(1, known.part_rows, AT_ONCE // known.length))
-        return Shape(known, batch, most, known.steps or 1, 0, 0.0)
+        return Shape(known, batch, repeated(batch, at_once(known)), known.steps or 1, 0, 0.0)
     data = setup.open_data(run)
     device = torch.device("cuda" if run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available()) else "cpu")
     known, _choice = setup.settle(run, data, World(run.layout, device), None)
@@ -141,9 +145,9 @@ class Fix(NamedTuple):
 def fixes(of: Shape, machine: Machine, found: Plan, *, most: int = 3) -> list[Fix]:
     """Return the cheapest changes that let the run fit, each checked by planning it again; the fastest first."""
     made: list[Fix] = []
-    for changes, change in candidates(of.run):
+    for changes, change in candidates(of.run) if not found.lacks_disk else ():
         try:
-            again = plan(of._replace(run=change(of.run)), machine)
+            again = plan(changed(of, change), machine)
         except (ConfigError, ValueError):
             continue
         if again.fits:
@@ -156,19 +160,36 @@ def fixes(of: Shape, machine: Machine, found: Plan, *, most: int = 3) -> list[Fi
 Change = Callable[[Run], Run]
 
 
+def changed(of: Shape, change: Change) -> Shape:
+    """Return the run with a change, and its rows cut to the length that it has then."""
+    run = change(of.run)
+
+    def cut(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        length = columns["ids"].shape[1]
+        return {name: column[:, :run.length].clone() if length > run.length and column.ndim > 1 and column.shape[1] == length
+                else column for name, column in columns.items()}
+
+    if run.length == of.run.length:
+        return of._replace(run=run)
+    held = None if of.held_out is None else repeated(cut(of.held_out), min(at_once(run), of.held_rows or at_once(run)))
+    return of._replace(run=run, batch=cut(of.batch), held_out=held)
+
+
 def candidates(run: Run) -> Iterator[tuple[dict[str, Any], Change]]:
     """Yield changes that save memory, those that cost least first."""
     each = run.step_rows // run.layout.dp
-    micros = [n for n in range(run.layout.micro + 1, each + 1) if each % n == 0]
-    wanted: list[dict[str, Any]] = [{"layout.micro": n} for n in dict.fromkeys([*micros[:2], *micros[-1:]])]
+    now, of = run.layout.micro, run.micro_rows
+    counts = [n for n in range(now + 1, each + 1) if each % n == 0 and (of is None or (n % now == 0 and of % (n // now) == 0))]
+    micros: list[dict[str, Any]] = [{"layout.micro": n} | ({} if of is None else {"micro_rows": of * now // n}) for n in counts]
+    wanted = [*micros[:2], *(micros[-1:] if len(micros) > 2 else [])]
     if run.device == "cpu" and run.allocator == "keep":
-        wanted = [{"allocator": "return"}, *wanted, *({"layout.micro": n, "allocator": "return"} for n in micros[-1:])]
+        wanted = [{"allocator": "return"}, *wanted, *(smaller | {"allocator": "return"} for smaller in micros[-1:])]
     if run.recompute != "full":
-        wanted += [{"recompute": "full"}, *({"recompute": "full", "layout.micro": n} for n in micros[-1:])]
+        wanted += [{"recompute": "full"}, *({"recompute": "full"} | smaller for smaller in micros[-1:])]
     if run.length > 128:
         wanted += [{"length": run.length // 2}]
     if run.optim.kind not in ("adafactor", "lion", "sgd") and run.adapt is None:
-        wanted += [{"optim.kind": "lion"}]
+        wanted += [{"optim": "lion", "optim.lr": run.optim.lr}]
     for changes in wanted:
         yield changes, _applied(changes)
 
@@ -178,11 +199,11 @@ def _applied(changes: Mapping[str, Any]) -> Change:
         for name, value in changes.items():
             if name == "layout.micro":
                 run = run.model_copy(update={"layout": run.layout.model_copy(update={"micro": value})})
-            elif name == "optim.kind":
+            elif name == "optim":
                 from danlu.optim.lion import Lion
 
                 run = run.model_copy(update={"optim": Lion(lr=run.optim.lr)})
-            else:
+            elif name != "optim.lr":                     # which it keeps
                 run = run.model_copy(update={name: value})
         return run
 
@@ -201,10 +222,10 @@ def filled(run: Run, machine: Machine, *, given: set[str]) -> tuple[Run, Plan]:
     found = plan(of, machine)
     if found.fits:
         return run, found
-    for changes, change in candidates(of.run):
-        if not set(changes) <= {"layout.micro", "recompute", "allocator"} - given:
+    for changes, change in candidates(of.run) if not found.lacks_disk else ():
+        if not set(changes) <= {"layout.micro", "micro_rows", "recompute", "allocator"} - given:
             continue
-        again = plan(of._replace(run=change(of.run)), machine)
+        again = plan(changed(of, change), machine)
         if again.fits:
             return change(run), again
     raise unfit(of, machine, found)
@@ -214,8 +235,10 @@ def unfit(of: Shape, machine: Machine, found: Plan) -> ResourceError:
     """Return the error of a run that does not fit, with the cheapest changes that help."""
     helps = fixes(of, machine, found)
     worst = found.phases[found.worst]
+    if found.lacks_disk:
+        return ResourceError(_("the disk lacks room: {need:.2f} GB are needed, {free:.2f} GB are free").format(
+            need=found.phases["save"].disk / 1e9, free=(found.disk_free or 0) / 1e9), where=str(found.run.out), fix=roomier())
     return ResourceError(
-        _("the disk lacks room: {need:.2f} GB are needed").format(need=found.phases["save"].disk / 1e9) if found.lacks_disk else
         _("{phase} needs {need:.2f} GB of {room:.2f} GB that a device has room for").format(
             phase=found.worst, need=worst.resident / 1e9, room=found.room / 1e9),
         where=found.machine.device.name,

@@ -53,18 +53,22 @@ def longest(steps: Steps, number: int) -> tuple[dict[str, Tensor], float]:
 
 def held_out(run: Run, data: Data, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return the largest batch that is only measured."""
-    layout, found = run.layout, list[dict[str, Tensor]]()
-    at_once = max(1, run.part_rows, AT_ONCE // run.length) if layout.pp == 1 else run.part_rows * layout.micro
-    if isinstance(run.objective, Embed) and run.objective.across:
-        at_once = run.part_rows
+    layout, found, most = run.layout, list[dict[str, Tensor]](), at_once(run)
     for shards, task in zip(data.held_out, data.held_tasks, strict=True):
         rows = stream(shards, run.objective, task=task, length=run.length, overlong=run.overlong, pack=run.pack, seed=None)
         number = rows.rows(0)
         steps = Steps(rows, run.objective, data.tokenizer.special, length=run.length, seed=0, position=rows.begin(),
-                      per_step=min(number, at_once) if layout.world == 1 else at_once * layout.dp, rows_in_all=number,
+                      per_step=min(number, most) if layout.world == 1 else most * layout.dp, rows_in_all=number,
                       share=(0, layout.dp), fill=layout.world > 1, tight=run.tight)
         found.append(longest(steps, LOOKED_AT if run.tight else 1)[0])
     return max(found, key=lambda batch: batch["ids"].numel(), default=None)
+
+
+def at_once(run: Run) -> int:
+    """Return how many rows a process measures at once."""
+    if isinstance(run.objective, Embed) and run.objective.across:
+        return run.part_rows
+    return max(1, run.part_rows, AT_ONCE // run.length) if run.layout.pp == 1 else run.part_rows * run.layout.micro
 
 
 def repeated(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def _models() -> tuple[Rule, ...]:
 
 def _methods() -> tuple[Rule, ...]:
     return (
-        Rule("method", lambda c: c.method == "none" and _rows(c, 0, 50),
+        Rule("method", lambda c: c.method == "none" and c.learns == "rows" and _rows(c, 0, 50),
              _("do not train all of it yet: show the few rows to a large model in its prompt, or learn sentence vectors from "
                "pairs"),
              _("with eight rows a class, vectors learned from pairs come near to training on thousands of rows"), SETFIT),

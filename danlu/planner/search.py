@@ -105,7 +105,10 @@ def search(run: Run, machine: Machine, *, steps: int | None, deadline: float | N
     for other, variant in _variants(run, methods=methods):
         ranked, count = _ranked(variant, machine, traces)
         looked += count
-        best += _refined(ranked, other, machine, traces=traces, steps=steps, keep=keep, given=given)
+        cheap = sorted(ranked, key=lambda each: each[0] * each[1].layout.world)
+        for order in (ranked, cheap) if budget is not None else (ranked,):      # the fastest need not be the cheapest
+            made = _refined([run for _seconds, run in order], other, machine, traces=traces, steps=steps, keep=keep, given=given)
+            best += [one for one in made if one.changes not in [each.changes for each in best]]
         found = Found(machine, tuple(best), looked, len(traces.made), deadline, budget)
         if any(found.meets(one) or (one.fits and variant.adapt == run.adapt and not methods) for one in best):
             break                                        # another optimizer makes nothing faster
@@ -113,7 +116,11 @@ def search(run: Run, machine: Machine, *, steps: int | None, deadline: float | N
         raise ConfigError(_("no layout of {rows} rows a step fits {count} × {name}").format(
             rows=run.step_rows, count=machine.count, name=machine.device.name), where="--hardware",
             fix=_("give a larger machine, or a shorter length"))
-    best.sort(key=lambda one: (not one.fits, not found.meets(one), len(one.other), one.pace.step, one.changes))
+    def order_of(one: Candidate) -> tuple[bool, bool, int, float, tuple[str, ...]]:
+        dear = budget is not None and one.cost is not None and one.cost > budget
+        return not one.fits, not found.meets(one), len(one.other), (one.cost or 0.0) if dear else one.pace.step, one.changes
+
+    best.sort(key=order_of)
     return found._replace(best=tuple(best[:keep]))
 
 
@@ -146,13 +153,10 @@ def layouts(run: Run, machine: Machine) -> Iterator[Layout]:
     for pp in (n for n in PIPES if n <= min(machine.count, run.network.layers)):
         for tp in (n for n in CUT if n <= min(node, machine.count // pp)):
             for cp in (n for n in RINGS if n == 1 or (length // n >= STRETCH and n * tp * pp <= machine.count)):
-                dp = next((n for n in range(min(rows, machine.count // (pp * tp * cp)), 0, -1) if rows % n == 0), 0)
-                for micro in (n for n in range(1, rows // dp + 1) if dp and (rows // dp) % n == 0 and n >= pp):
-                    for shard in ("none", "full", "grads", "hybrid") if dp * cp > 1 else ("none",):
-                        group = node // tp if shard == "hybrid" else None
-                        if shard == "hybrid" and not (group and 1 < group < dp * cp and (dp * cp) % group == 0):
-                            continue
-                        one = Layout(dp=dp, tp=tp, pp=pp, cp=cp, micro=micro, shard=shard, group=group, sequence=tp > 1)
+                each, near = pp * tp * cp, min(node, machine.count)
+                # as many copies as there is room for, as many as a node has room for, and one
+                for dp in dict.fromkeys(_divisor(rows, max(1, most // each)) for most in (machine.count, near, 1)):
+                    for one in _cuts(dp, tp, pp, cp, rows=rows, node=node):
                         try:
                             one.check(rows, length=length, model=shape, optimizer=run.optim.kind)
                         except ValueError:
@@ -160,8 +164,26 @@ def layouts(run: Run, machine: Machine) -> Iterator[Layout]:
                         yield one
 
 
-def _ranked(run: Run, machine: Machine, traces: Traces) -> tuple[list[Run], int]:
-    """Return the candidates that may fit, the fastest by shapes first, or the one that lacks least; and how many there were."""
+def _divisor(rows: int, most: int) -> int:
+    """Return the largest number up to `most` that deals the rows out evenly."""
+    return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+
+
+def _cuts(dp: int, tp: int, pp: int, cp: int, *, rows: int, node: int) -> Iterator[Layout]:
+    """Yield the layouts of such axes: by micro-batches, and by what the copies of a weight share."""
+    for micro in (n for n in range(pp, rows // dp + 1) if (rows // dp) % n == 0):
+        for shard in ("none", "full", "grads", "hybrid") if dp * cp > 1 else ("none",):
+            group = node // tp if shard == "hybrid" else None
+            if shard == "hybrid" and not (group and 1 < group < dp * cp and (dp * cp) % group == 0):
+                continue
+            yield Layout(dp=dp, tp=tp, pp=pp, cp=cp, micro=micro, shard=shard, group=group, sequence=tp > 1)
+
+
+def _ranked(run: Run, machine: Machine, traces: Traces) -> tuple[list[tuple[float, Run]], int]:
+    """Return the candidates that may fit, the fastest by shapes first, or the one that lacks least; and how many there were.
+
+    A candidate comes with its seconds a step by shapes alone.
+    """
     found: list[tuple[float, int, Run]] = []
     looked, least = 0, (math.inf, 0, run)
     room = machine.device.memory - machine.base
@@ -186,8 +208,8 @@ def _ranked(run: Run, machine: Machine, traces: Traces) -> tuple[list[Run], int]
                     if _bound(shape, away, run.step_rows, recompute) * SLACK <= room:
                         seconds = _quick(shape, away, small, machine, recompute=recompute)
                         found.append((seconds, looked, _changed(small, away, recompute)))
-    ranked = [one for _seconds, _number, one in sorted(found, key=lambda each: each[:2])]
-    return ranked or [least[2]] * (least[0] < math.inf), looked
+    ranked = [(seconds, one) for seconds, _number, one in sorted(found, key=lambda each: each[:2])]
+    return ranked or [(math.inf, least[2])] * (least[0] < math.inf), looked
 
 
 def _changed(run: Run, layout: Layout, recompute: str) -> Run:
@@ -292,9 +314,9 @@ def _refused(run: Run, given: Run) -> bool:
     """Return whether the recipe refuses this layout for a reason beyond its shape, such as samples in a pipeline."""
     try:
         config.validate(Run, config.dump(given) | {
-            "layout": config.dump(run.layout), "precision": run.precision, "recompute": run.recompute, "rows": run.step_rows,
-            "micro_rows": None, "tokens": None, "adapt": None if run.adapt is None else config.dump(run.adapt),
-            "optim": config.dump(run.optim)})
+            "layout": config.dump(run.layout), "device": run.device, "precision": run.precision, "recompute": run.recompute,
+            "rows": run.step_rows, "micro_rows": None, "tokens": None, "optim": config.dump(run.optim),
+            "adapt": None if run.adapt is None else config.dump(run.adapt)})
     except ConfigError:
         return True
     return False
@@ -303,10 +325,13 @@ def _refused(run: Run, given: Run) -> bool:
 def _paste(run: Run, other: tuple[str, ...], given: Run | None) -> tuple[str, ...]:
     """Return the changes to the recipe that make it this run."""
     layout = run.layout.model_dump(exclude_defaults=True)
+    then = run.layout if given is None else given.layout
+    if given is not None and given.device not in ("auto", run.device):
+        other += (f"device={run.device}",)
     other += tuple(f"{name}=null" for name in ("micro_rows", "tokens") if getattr(given, name, None) is not None)
     lines = [*other, f"rows={run.step_rows}", f"precision={run.precision}", f"recompute={run.recompute}"]
     for name in Layout.model_fields:
-        if name in layout or name in ("dp", "tp", "pp", "cp", "micro", "shard"):
-            value = getattr(run.layout, name)
-            lines.append(f"layout.{name}={str(value).lower() if isinstance(value, bool) else value}")
+        value = getattr(run.layout, name)
+        if name in layout or name in ("dp", "tp", "pp", "cp", "micro", "shard") or value != getattr(then, name):
+            lines.append(f"layout.{name}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}")
     return tuple(lines)

@@ -14,8 +14,8 @@ def main(file: Path | None, overrides: list[str], *, hardware: str | None, deadl
     """Print the plan: of a recipe as it stands, here; of the best ways to run it, with --hardware; or of a public model."""
     problems: list[str] = []
     asked = searched.asked(problems, hardware=hardware, deadline=deadline, budget=budget, price=price)
-    if memory is not None:
-        room = searched.first(problems, lambda: int(amount(memory)), 0)
+    room = None if memory is None else searched.first(problems, lambda: int(amount(memory)), 0)
+    if room is not None:
         device = asked.machine.device.model_copy(update={"memory": room})
         asked = asked._replace(machine=asked.machine.model_copy(update={"device": device}))
     if model is not None or tokens is not None:
@@ -25,4 +25,4 @@ def main(file: Path | None, overrides: list[str], *, hardware: str | None, deadl
         return searched.recipe(file, overrides, asked=asked, vocab=vocab, rehearsed=rehearse, as_json=as_json)
     from danlu.verbs import planned  # it draws tables
 
-    return planned.recipe(file, overrides, machine=asked.machine, vocab=vocab, probe=probe, as_json=as_json)
+    return planned.recipe(file, overrides, room=room, price=asked.machine.device.price, vocab=vocab, probe=probe, as_json=as_json)

@@ -11,20 +11,26 @@ from rich.table import Table
 from danlu import config
 from danlu.errors import ResourceError
 from danlu.log import count, duration
-from danlu.planner.hardware import Machine
-from danlu.planner.plan import Fix, Plan, fixes, plan, shape
+from danlu.planner.plan import Fix, Plan, fixes, plan, roomier, shape
 from danlu.planner.probe import probe as probed
 from danlu.train.intake import located, taken_in
 from danlu.train.recipe import Run
 from danlu.verbs import needed
 from danlu.verbs.rehearse import gigabytes
+from danlu.verbs.searched import machine_of
 from danlu.words import _
 
 
-def recipe(file: Path | None, overrides: list[str], *, machine: Machine, vocab: int | None, probe: bool, as_json: bool) -> int:
-    """Print what the run needs in each phase, how long it takes, and the cheapest changes if it does not fit (exit code 5)."""
+def recipe(file: Path | None, overrides: list[str], *, room: int | None, price: float | None, vocab: int | None, probe: bool,
+           as_json: bool) -> int:
+    """Print what the run needs in each phase, how long it takes, and the cheapest changes if it does not fit (exit code 5).
+
+    room: bytes of each process; None: its share of this machine.  price: of a device-hour.
+    """
     run = config.load(Run, needed(file), overrides)
-    machine = machine.model_copy(update={"count": run.layout.world})
+    machine = machine_of(f"{run.layout.world}xhere", price)
+    if room is not None:
+        machine = machine.model_copy(update={"device": machine.device.model_copy(update={"memory": room})})
     run = located(run if vocab is not None else taken_in(run))
     of = shape(run, vocab)
     seconds = probed(run) if probe else None
@@ -62,6 +68,11 @@ def show(found: Plan, helps: list[Fix]) -> None:
     if found.fits:
         console.print(_("it fits: {phase} needs most, {need} of {room}").format(
             phase=found.worst, need=gigabytes(found.phases[found.worst].resident), room=gigabytes(found.room)))
+        return
+    if found.lacks_disk and found.disk_free is not None:
+        console.print(_("the disk lacks room: {need} are needed at {place}, {free} are free; what helps: {fix}").format(
+            need=gigabytes(found.phases["save"].disk), place=found.run.out, free=gigabytes(found.disk_free), fix=roomier()),
+            markup=False, soft_wrap=True)
         return
     console.print(_("it does not fit: {phase} needs {need} of {room}").format(
         phase=found.worst, need=gigabytes(found.phases[found.worst].resident), room=gigabytes(found.room)))

@@ -40,7 +40,10 @@ def amount(text: str) -> float:
     """Return the bytes that '80GB', '80 GiB' or '8e10' means.  Raises ConfigError for anything else."""
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper().replace("E", "e"))
     try:
-        return float(found[1]) * UNITS[found[2]] if found else float(text)
+        size = float(found[1]) * UNITS[found[2]] if found else float(text)
+        if not 1 <= size < 1e18:
+            raise ValueError
+        return size
     except (KeyError, ValueError):
         raise ConfigError(_("{text!r} is no amount of memory").format(text=text), where="--memory",
                           fix=_("write it as 80GB or 80GiB")) from None

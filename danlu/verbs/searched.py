@@ -97,6 +97,10 @@ def recipe(file: Path | None, overrides: list[str], *, asked: Asked, vocab: int 
             {"peak": each.largest.memory.peak, "estimate_above": above} for each, above in checked]}, ensure_ascii=False))
     else:
         print(*offer.lines(found, file), sep="\n")
+        used = found.best[0].run.precision
+        if given.precision not in ("auto", used):
+            print(_("{device} has no {precision} that is worth it; {used} stands in its place").format(
+                device=asked.machine.device.name, precision=given.precision, used=used))
         for number, (each, above) in enumerate(checked, 1):
             print(_("{number}. rehearsed in full: {peak}; the estimate lies {above:+.1%} off").format(
                 number=number, peak=amounts.size(each.largest.memory.peak), above=above))

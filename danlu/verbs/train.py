@@ -21,8 +21,8 @@ def planned(file: Path, overrides: list[str]) -> list[str]:
 
     Raises ResourceError, with the cheapest changes that help, if it cannot fit.
     """
-    from danlu.planner.hardware import here
     from danlu.planner.plan import filled
+    from danlu.verbs.searched import machine_of
 
     run = config.load(Run, file, overrides)
     data, _lines = yamls.read(file)
@@ -35,10 +35,10 @@ def planned(file: Path, overrides: list[str]) -> list[str]:
         from danlu.train.intake import taken_in
 
         run = taken_in(run)
-    run, found = filled(run, here(run.layout.world), given=given)
+    run, found = filled(run, machine_of(f"{run.layout.world}xhere", None), given=given)
     files.write_json(run.out / "plan.json", found.record())
     words = [f"precision={found.run.precision}", f"recompute={run.recompute}", f"layout.micro={run.layout.micro}",
-             f"allocator={run.allocator}"]
+             f"allocator={run.allocator}", *([] if run.micro_rows is None else [f"micro_rows={run.micro_rows}"])]
     say(_("plan: {words}; {phase} needs most, {need:.2f} of {room:.2f} GB").format(
         words=" ".join(words), phase=found.worst, need=found.phases[found.worst].resident / 1e9, room=found.room / 1e9))
     return words

@@ -48,7 +48,8 @@ def test_every_task_is_advised_on_every_machine(task: str, machine: str) -> None
 @pytest.mark.parametrize("rows", [30.0, 500.0, 5000.0, 1e6])
 def test_lines_are_keys_of_a_recipe(task: str, rows: float) -> None:
     learns, objective, _kind = TASKS[task]
-    found = asked(task, "RTX4090", **({"tokens": rows * 1e5} if learns == "text" else {"rows": rows}))
+    machine = "64xH100" if task == "pretraining" else "RTX4090"
+    found = asked(task, machine, **({"tokens": rows * 1e5} if learns == "text" else {"rows": rows}))
     lines = [line for one in advise(found) for line in one.lines]
     needed = ["out=x", 'data=[{path: x}]', f"objective={objective}", "start=x", "length=128"]
     needed += [] if any(line.startswith("rows=") for line in lines) else ["rows=8"]
@@ -67,6 +68,12 @@ def test_the_method_follows_rows_memory_and_quality() -> None:
     assert asked("chat", "16xH100", quality="best").size > asked("chat", "16xH100").size
     assert asked("chat", "RTX4090", size=175e9).method == "none"
     assert held(1.0, "full") == 16 and held(7e9, "qlora") < 7e9
+
+
+def test_few_rows_are_not_the_reason_where_memory_is() -> None:
+    told = [next(one.say for one in advise(asked("chat", "RTX4090", rows=rows, size=175e9)) if one.topic == "method")
+            for rows in (20.0, 5000.0)]
+    assert told[0] == told[1] and "do not fit" in told[0]
 
 
 def test_two_hundred_tokens_are_not_twenty() -> None:
@@ -88,6 +95,7 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("words", "says"), [
     (["--task", "clasification", "--hardware", "laptp", "--rows", "0", "--latency", "3"],
      ["did you mean 'classification'", "did you mean 'laptop'", "'0'", "'3'"]),
+    (["--task", "pretraining", "--tokens", "10T", "--hardware", "laptop"], ["500B", "8.00 TB", "--model-size"]),
     (["--task", "domain", "--rows", "10"], ["give --tokens"]), (["--task", "pretraining"], ["--model-size"]),
     (["--task", "chat", "--rows=-5", "--price", "x"], ["'-5'", "'x'"])])
 def test_what_cannot_be_advised(words: list[str], says: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from danlu import cli, config
@@ -21,7 +23,7 @@ from danlu.parallel.place import alone
 from danlu.planner.blocks import needs
 from danlu.planner.hardware import here
 from danlu.planner.memory import stored
-from danlu.planner.plan import Plan, Shape, fixes, plan, shape
+from danlu.planner.plan import Plan, Shape, candidates, changed, fixes, plan, shape, unfit
 from danlu.planner.rows import repeated
 from danlu.rehearse import rehearse, settled
 from danlu.rehearse.life import life
@@ -106,8 +108,9 @@ def test_what_cannot_fit_is_told_with_changes_that_help(tmp_path: Path, capsys: 
     assert "it fits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--hardware", "8xH900"], ["--hardware", "0xH100"], ["--memory", "much"], ["optim.lrr=1"], []],
-                         ids=str)
+@pytest.mark.parametrize("words", [
+    ["--hardware", "8xH900"], ["--hardware", "0xH100"], ["--memory", "much"], ["--memory", "inf"], ["--memory", "nan"],
+    ["--memory", "0"], ["--vocab", "-5"], ["--model", "gpt3-175b", "--tokens", "1e300"], ["optim.lrr=1"], []], ids=str)
 def test_bad_input_is_refused(words: list[str], tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(config.to_yaml(recipe(model={k: v for k, v in DECODER.items() if k != "vocab"}), only_set=True))
@@ -164,3 +167,57 @@ def test_a_save_of_an_adapter_copies_the_adapter_alone(tmp_path: Path) -> None:
     with_copies, without = (needs(life(run, batch, None, copies=copies).events)["save"].tensors for copies in (True, False))
     told = stored(run, rehearse(run.model_copy(update={"start": None})))
     assert with_copies - without == pytest.approx(told["checkpoint"], rel=0.01) and told["checkpoint"] < told["model"] / 3
+
+
+def test_rows_of_a_micro_batch_are_cut_with_its_number() -> None:
+    """Or more parts would be more rows."""
+    run = recipe(rows=None, micro_rows=8, layout={"micro": 2})
+    made = [(changes, change(run)) for changes, change in candidates(run) if "layout.micro" in changes]
+    assert {changes["layout.micro"]: changes["micro_rows"] for changes, _run in made} == {4: 4, 8: 2, 16: 1}
+    assert all(one.step_rows == 16 and one.part_rows < 8 for _changes, one in made)
+
+
+def test_a_change_is_planned_as_it_is_pasted() -> None:
+    run = recipe(length=256, model=DECODER | {"context": 256}, optim={"kind": "adamw", "eps": 1e-6, "weight_decay": 0.3})
+    for changes, change in candidates(run):
+        given = yaml.safe_load(config.to_yaml(run, only_set=True))
+        for name, value in changes.items():
+            section, _dot, key = name.rpartition(".")
+            if name == "optim":
+                given["optim"] = {"kind": value}
+            else:
+                (given.setdefault(section, {}) if section else given)[key] = value
+        assert config.validate(Run, given) == change(run), changes
+    assert any("optim" in changes for changes, _change in candidates(run))
+    of, found = planned(length=256, rows=8, model=DECODER | {"context": 256})
+    short = plan(changed(of, lambda one: one.model_copy(update={"length": 128})), here())
+    fresh = plan(shape(recipe(length=128, rows=8, model=DECODER | {"context": 256}), 96), here())
+    assert short.phases == fresh.phases and short.flops == fresh.flops < found.flops
+
+
+def test_a_disk_without_room_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    of, found = planned(every={"keep": 3, "best": True, "evaluate": 5})
+    monkeypatch.setattr("danlu.planner.plan.shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    tight = plan(of, here())
+    assert tight.lacks_disk and not tight.fits and fixes(of, here(), tight) == []
+    assert tight.phases["merge"].disk > tight.phases["save"].disk == 5 * stored(of.run, found.rehearsal)["checkpoint"]
+    told = unfit(of, here(), tight)
+    assert "disk lacks room" in told.what and "every.keep" in (told.fix or "")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(), only_set=True))
+    assert cli.main(["plan", str(file), "--vocab", "96"]) == 5
+    assert "the disk lacks room" in capsys.readouterr().out
+
+
+def test_processes_share_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    room = []
+    for dp in (1, 2):
+        file = tmp_path / f"{dp}.yaml"
+        file.write_text(config.to_yaml(recipe(layout={"dp": dp}, precision="auto", device="auto"), only_set=True))
+        assert cli.main(["plan", str(file), "--vocab", "96", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        room.append(told["machine"]["room"])
+        if not torch.cuda.is_available():
+            assert told["precision"] == "fp32"           # as such a run trains on a CPU
+    assert room[1] == pytest.approx(room[0] / 2, rel=1e-6)

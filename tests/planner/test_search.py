@@ -130,3 +130,41 @@ def test_a_ring_is_as_fast_as_what_it_crosses() -> None:
     both, _outside = estimate.rate_between(Layout(dp=64), machine, "dp")
     assert inside and not outside and near == machine.device.link and far == machine.device.network
     assert both == min(machine.device.link or 0, 8 * machine.device.network)     # eight of a ring stand in one node
+
+
+@pytest.mark.parametrize("layout", [
+    {"dp": 2, "shard": "full", "offload": True}, {"dp": 4, "shard": "hybrid", "group": 2}, {"tp": 2, "sequence": True},
+    {"pp": 2, "micro": 4, "stages": [3, 5]}, {"pp": 2, "micro": 4, "pipeline": "interleaved", "chunks": 4}], ids=str)
+def test_the_lines_make_of_the_recipe_what_was_planned(layout: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the recipe says what the plan leaves out: another device, shards, stages of a pipeline."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(layout=layout, device="cpu", model=SMALL | {"layers": 8}), only_set=True))
+    given = config.load(Run, file, [])
+    alone = given.model_copy(update={"device": "cuda", "layout": Layout()})
+    found = search(settled(alone, None).model_copy(update={"precision": "auto"}), parse("2xA100"), steps=10, given=given)
+    for one in found.best:
+        pasted = config.load(Run, file, list(one.changes))
+        assert pasted.layout == one.run.layout and pasted.device == "cuda"
+
+
+def test_more_devices_make_nothing_slower_and_fewer_are_cheaper() -> None:
+    run = settled(recipe(), None).model_copy(update={"precision": "auto"})
+    steps = [search(run, parse(f"{count}xH100"), steps=1000).best[0].pace.step for count in (1, 4, 8, 16, 64)]
+    assert steps == sorted(steps, reverse=True) and steps[0] > steps[2]
+    alone = search(run, parse("1xRTX4090", price=1.0), steps=100_000).best[0]
+    assert alone.cost is not None
+    many = search(run, parse("16xRTX4090", price=1.0), steps=100_000, budget=1.01 * alone.cost)
+    assert many.meets(many.best[0]) and many.best[0].pace.step <= alone.pace.step
+    missed = search(run, parse("16xRTX4090", price=1.0), steps=100_000, budget=0.5 * alone.cost)
+    assert not missed.meets(missed.best[0])
+    assert missed.best[0].cost == min(one.cost or 0.0 for one in missed.best) == pytest.approx(alone.cost)
+
+
+def test_a_precision_that_a_machine_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(precision="bf16"), only_set=True))
+    assert main(["plan", str(file), "--hardware", "V100"]) == 0
+    assert "no bf16 that is worth it; fp16 stands in its place" in capsys.readouterr().out
+    assert main(["plan", str(file), "--hardware", "A100", "--deadline", "0.001s"]) == 0
+    told = capsys.readouterr().out
+    assert "stands in its place" not in told and "is missed" in told
