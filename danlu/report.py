@@ -30,6 +30,7 @@ from typing import Any
 
 from danlu import files
 from danlu.errors import ConfigError
+from danlu.figures import direction
 from danlu.log import count, duration
 from danlu.words import DOMAIN, LOCALE, _
 
@@ -158,13 +159,11 @@ def drawn(figure: Any, style: str = "") -> str:
 
 def evaluation(run: Path, lines: Sequence[Mapping[str, Any]], metric: str = "eval/loss") -> str:
     """Return the held-out figures at the start, where `metric` was best, and at the end; those of `danlu eval` with intervals."""
-    from danlu.evaluate import metrics  # scikit-learn
-
     measured = [line for line in lines if "eval/loss" in line]
     out = ""
     if measured:
         first, last = measured[0], measured[-1]
-        sign = 1 if metrics.direction(metric) else -1
+        sign = 1 if direction(metric) else -1
         known = [line for line in measured if line.get(metric) is not None and math.isfinite(float(line[metric]))]
         best = max(known or measured[-1:], key=lambda line: sign * float(line.get(metric) or 0.0))
         names = [name for name in last if name.startswith("eval/") and not name.endswith("_hex")]

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "danlu"
 FLOORS: dict[str, int] = {                               # the longest matching prefix says where a module lives
     "danlu.words": 0, "danlu.errors": 0, "danlu.config": 0, "danlu.yamls": 0, "danlu.files": 0, "danlu.log": 0,
-    "danlu.fault": 0, "danlu.layout": 0, "danlu.chance": 0, "danlu.tensorfile": 1, "danlu.data": 1, "danlu.nn": 1,
+    "danlu.fault": 0, "danlu.figures": 0, "danlu.layout": 0, "danlu.chance": 0, "danlu.tensorfile": 1,
+    "danlu.data": 1, "danlu.nn": 1,
     "danlu.models": 2, "danlu.adapt": 2, "danlu.objectives": 2, "danlu.optim": 2, "danlu.schedule": 2, "danlu.generate": 2,
     "danlu.compress": 2, "danlu.decode": 2, "danlu.parallel": 2, "danlu.evaluate": 3, "danlu.train": 3, "danlu.report": 3,
     "danlu.doctor": 3, "danlu.rehearse": 3, "danlu.planner": 3, "danlu.migrate": 3, "danlu.tune": 3, "danlu.serve": 3,

@@ -24,8 +24,8 @@ from danlu.errors import ConfigError
 from danlu.evaluate import rows, written
 from danlu.evaluate import run as on_text
 from danlu.evaluate.interval import Estimate
-from danlu.evaluate.metrics import HIGHER
 from danlu.evaluate.subject import Subject, open_subject
+from danlu.figures import HIGHER
 from danlu.models.decoder import DecoderModel
 from danlu.nn.cache import Cache
 from danlu.words import _

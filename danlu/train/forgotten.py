@@ -17,8 +17,8 @@ from danlu import files
 from danlu.adapt import QAT
 from danlu.adapt import folder as adapters
 from danlu.errors import ConfigError
-from danlu.evaluate import metrics
 from danlu.evaluate.loss import Loss
+from danlu.figures import direction
 from danlu.log import say
 from danlu.models import weights
 from danlu.train import checkpoint
@@ -93,7 +93,7 @@ def show(before: Mapping[str, Mapping[str, float | None]], after: Mapping[str, M
 
 def higher(figure: str) -> bool:
     """Return whether more of a figure is better."""
-    return not figure.endswith(("loss", "perplexity", "bits_per_byte")) and metrics.direction(figure)
+    return not figure.endswith(("loss", "perplexity", "bits_per_byte")) and direction(figure)
 
 
 def average(run: Run, given: Average, tokenizer: Path) -> Path:

@@ -22,7 +22,7 @@ from danlu.data.shards import Shards, read_manifest
 from danlu.data.stream import Mixed, Stream
 from danlu.data.tokenizer import Tokenizer
 from danlu.errors import ConfigError, IncompatibleError
-from danlu.evaluate import metrics
+from danlu.figures import direction
 from danlu.log import count, say
 from danlu.models import foreign_config, formed, weights
 from danlu.nn import paths, placed
@@ -305,7 +305,7 @@ def assemble(run: Run, data: Data, model: Placed) -> Work:
     plan = Plan(total=total, lr=run.optim.lr, schedule=run.schedule, log=every.log, evaluate=every.evaluate,
                 save=every.save, sample=every.sample, best=every.best, patience=run.stop.patience if run.stop else None,
                 min_delta=run.stop.min_delta if run.stop else 0.0, metric=run.metric,
-                higher=metrics.direction(run.metric),
+                higher=direction(run.metric),
                 settled=sparsify.settled(run.sparsify, total) if run.sparsify is not None else 0,
                 flops=model.whole.flops(run.length) * run.step_rows * run.length,
                 peak=parallel.peak(engine.device, run.precision) * engine.world.size,

@@ -14,8 +14,8 @@ from danlu.data.encode import Encoder, encode
 from danlu.data.example import Asked, Content, Tagged
 from danlu.data.tokenizer import Tokenizer, WordPiece, train
 from danlu.errors import DataError
-from danlu.evaluate import metrics
 from danlu.evaluate.judge import Said, answered, judge, real, tagged
+from danlu.figures import HIGHER
 from danlu.objectives import Answer, Choose, Embed, Objective, Tag
 
 LABELS = ("B-LOC", "B-PER", "I-PER", "O")
@@ -138,4 +138,4 @@ def test_retrieval_ranks_each_text_among_all() -> None:
     ranks = [sorted(-unit[0][n] @ other for other in unit[1]).index(-unit[0][n] @ unit[1][n]) + 1 for n in range(50)]
     assert found["accuracy_at_1"].value == np.mean([r == 1 for r in ranks])
     assert found["mrr"].value == pytest.approx(np.mean([1 / r for r in ranks]))
-    assert set(found) <= set(metrics.HIGHER)
+    assert set(found) <= set(HIGHER)

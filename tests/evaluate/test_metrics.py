@@ -16,7 +16,8 @@ from sklearn import metrics as reference
 from danlu.errors import ConfigError, DataError, NumericError
 from danlu.evaluate import metrics
 from danlu.evaluate.interval import Estimate, Floats, resampled
-from danlu.evaluate.metrics import HIGHER, classes, direction, scores, several
+from danlu.evaluate.metrics import classes, scores, several
+from danlu.figures import HIGHER, direction
 
 AVERAGES = ("macro", "micro", "weighted")
 
